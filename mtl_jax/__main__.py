@@ -1,0 +1,8 @@
+"""`python -m mtl_jax` is the command `mtl-jax`."""
+
+import sys
+
+from mtl_jax.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,242 @@
+"""The command line: `mtl-jax train | eval | tasks | report`.
+
+Only the standard library is imported here; each command's modules are imported when it runs, so
+that help and usage errors come at once. Exit status: 0 success, 1 a user's mistake (one line on
+stderr), 2 a malformed command line, 130 interrupted.
+"""
+
+import argparse
+import dataclasses
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from mtl_jax import __version__
+from mtl_jax.errors import UserError, suggest
+
+GIN_FLAG = "--gin."
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line and end with exit status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        """Prints the error and where help is, and exits."""
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def add_config_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that choose a configuration; `config.load_args` reads them."""
+    group = parser.add_argument_group("configuration")
+    group.add_argument(
+        "--gin_file",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a Gin file; repeatable, later values replace earlier ones",
+    )
+    group.add_argument(
+        # Taken out by `parse` before argparse sees it; here for the help.
+        f"{GIN_FLAG}NAME=VALUE",
+        dest="gin_bindings",
+        action="append_const",
+        const="",
+        default=[],
+        help="one value (NAME is like Run.steps, or a macro); beats all files; repeatable",
+    )
+    group.add_argument(
+        "--gin_search_paths",
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="where Gin files are sought after the working directory and before the files of the "
+        "package; repeatable, or several with commas",
+    )
+
+
+def _train_flags(parser: argparse.ArgumentParser) -> None:
+    add_config_flags(parser)
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="resolve everything and print parameters, shardings, memory, FLOPs and the mixture; "
+        "train nothing",
+    )
+
+
+def _eval_flags(parser: argparse.ArgumentParser) -> None:
+    add_config_flags(parser)
+    parser.add_argument(
+        "--checkpoint",
+        default="",
+        metavar="PATH",
+        help="a run directory, or one step in its checkpoints folder; default: the newest "
+        "checkpoint of Run.directory",
+    )
+
+
+def _report_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="folder of a finished run")
+
+
+def _task_flags(parser: argparse.ArgumentParser) -> None:
+    importlib.import_module("mtl_jax.tasks_main").add_arguments(parser)
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """One sub-command: its flags, and the function `module.function(args)` that does it."""
+
+    summary: str
+    add_flags: Callable[[argparse.ArgumentParser], None]
+    module: str
+    function: str
+    examples: str
+    reads_data: bool = False
+
+
+COMMANDS = {
+    "train": Command(
+        "train a model (and evaluate it) from Gin files",
+        _train_flags,
+        "mtl_jax.train",
+        "main",
+        "mtl-jax train --gin_file=runs/quickstart.gin --gin.Run.steps=100",
+        reads_data=True,
+    ),
+    "eval": Command(
+        "evaluate the newest checkpoint of a run",
+        _eval_flags,
+        "mtl_jax.train",
+        "evaluate_main",
+        "mtl-jax eval --gin_file=runs/quickstart/config.gin --gin.Eval.split=test",
+        reads_data=True,
+    ),
+    "tasks": Command(
+        "list the registered tasks, or show examples of one",
+        _task_flags,
+        "mtl_jax.tasks_main",
+        "main",
+        "mtl-jax tasks\n  mtl-jax tasks show NAME",
+        reads_data=True,
+    ),
+    "report": Command(
+        "write report.html from the files of a run",
+        _report_flags,
+        "mtl_jax.report",
+        "main",
+        "mtl-jax report runs/quickstart",
+    ),
+}
+
+
+def build_parser(chosen: str = "") -> Parser:
+    """Returns the parser; only the `chosen` command has its flags (others may be slow)."""
+    parser = Parser(
+        prog="mtl-jax",
+        description="Multi-task T5 in JAX: train from one Gin file, evaluate zero-shot.",
+        epilog="mtl-jax COMMAND --help describes a command.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"mtl-jax {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    for name, command in COMMANDS.items():
+        subparser = commands.add_parser(
+            name,
+            help=command.summary,
+            description=command.summary[0].upper() + command.summary[1:] + ".",
+            epilog=f"example:\n  {command.examples}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        subparser.add_argument(
+            "--debug", action="store_true", help="show the traceback of a user's mistake, too"
+        )
+        if name == chosen:
+            command.add_flags(subparser)
+    return parser
+
+
+def _flags_of(parser: argparse.ArgumentParser, command: str) -> list[str]:
+    """Returns the option strings of a command, for suggestions."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            return [flag for a in action.choices[command]._actions for flag in a.option_strings]
+    return []
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Returns the parsed command line; exits with status 2 and one line when it is malformed.
+
+    `--gin.NAME=VALUE` flags are in `gin_bindings` as "NAME=VALUE", in order.
+    """
+    chosen = next((word for word in argv if not word.startswith("-")), "")
+    parser = build_parser(chosen if chosen in COMMANDS else "")
+    if chosen and chosen not in COMMANDS:
+        parser.error(f"no command {chosen!r}.{suggest(chosen, COMMANDS)}")
+    bindings = [word.removeprefix(GIN_FLAG) for word in argv if word.startswith(GIN_FLAG)]
+    words = [word for word in argv if not word.startswith(GIN_FLAG)]
+    args, unknown = parser.parse_known_args(words)
+    if args.command is None and not unknown:
+        return args
+    known = _flags_of(parser, args.command) if args.command else ["--version", "--help"]
+    if bindings and not hasattr(args, "gin_bindings"):
+        unknown = [GIN_FLAG + bindings[0], *unknown]
+    if unknown:
+        flag = unknown[0].split("=")[0]
+        near = " Write it after the command." if flag in known else suggest(flag, known)
+        where = f"{parser.prog} {args.command}" if args.command else parser.prog
+        kind = "flag" if unknown[0].startswith("-") else "argument"
+        parser.exit(2, f"{where}: unknown {kind} {unknown[0]!r}.{near} (see {where} --help)\n")
+    if hasattr(args, "gin_bindings"):
+        args.gin_bindings = bindings
+        paths = [path for given in args.gin_search_paths for path in given.split(",")]
+        args.gin_search_paths = [path for path in paths if path]
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: the words after the program's name; None: those of this process.
+
+    Returns:
+        The exit status.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words:
+        build_parser().print_help()
+        return 0
+    args = parse(words)
+    args.argv = words
+    # TensorFlow only reads data here; its notices would bury ours. Level 3 and not 2, because XLA
+    # calls it an error when it loads compiled programs for a CPU; real errors are exceptions.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    command = COMMANDS[args.command]
+    try:
+        if hasattr(args, "gin_file"):
+            # Mistakes in it are told now, not after TensorFlow's ten seconds of import.
+            importlib.import_module("mtl_jax.config").load_args(args)
+        # Orbax reports every file it writes.
+        importlib.import_module("absl.logging").set_verbosity("error")
+        if command.reads_data:
+            importlib.import_module("mtl_jax.quiet_tensorflow").load()
+        status = getattr(importlib.import_module(command.module), command.function)(args)
+        sys.stdout.flush()
+        return status or 0
+    except UserError as error:
+        if args.debug:
+            traceback.print_exc()
+        print(f"mtl-jax {args.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"mtl-jax {args.command}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader (head, less) has gone; keep the interpreter's last flush from failing, too.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0

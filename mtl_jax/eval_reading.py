@@ -1,0 +1,109 @@
+"""Registered tasks made ready for evaluation: all examples of a split as texts and tokens."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import seqio
+
+from mtl_jax.errors import UserError
+from mtl_jax.eval_task import EvalExample, EvalTask
+from mtl_jax.mixtures import check_split, provider
+from mtl_jax.packing import trim
+from mtl_jax.reading import SIDES, Epoch, TaskReader, encode
+from mtl_jax.task_info import info
+
+CHOICES_SEPARATOR = "|||"  # of PromptSource
+
+
+def load_eval_task(
+    name: str,
+    split: str,
+    inputs_length: int,
+    targets_length: int,
+    limit: int | None = None,
+    seed: int = 0,
+) -> EvalTask:
+    """Reads a task for evaluation: all examples in order, or a drawn subset of `limit`.
+
+    Longer inputs, targets and choices are cut and the examples counted in `truncated`; `seed`
+    draws the subset, which stays in the order of the split.
+
+    Raises:
+        UserError: unknown task or split, or a split without examples.
+    """
+    task = provider(name)
+    if isinstance(task, seqio.Mixture):
+        raise UserError(f"{name!r} is a mixture; evaluation takes its tasks one by one.")
+    check_split(task, split)
+    lengths = {"inputs": inputs_length, "targets": targets_length}
+    reader = TaskReader(task, lengths)
+    found = list(enumerate(reader.examples(Epoch(split, shuffle=False, seed=seed))))
+    if not found:
+        raise UserError(f"Task {name!r}: its split {split!r} gives no examples.")
+    if limit and limit < len(found):
+        chosen = np.random.default_rng(seed).choice(len(found), limit, replace=False)
+        found = [found[i] for i in sorted(chosen)]
+    examples, truncated = [], 0
+    for index, fields in found:
+        example, cut = _eval_example(index, fields, reader, lengths)
+        examples.append(example)
+        truncated += cut
+    vocabulary = task.output_features["targets"].vocabulary
+    return EvalTask(
+        name=name,
+        info=info(name),
+        split=split,
+        examples=examples,
+        metric_fns=task.predict_metric_fns,
+        score_metric_fns=task.score_metric_fns,
+        postprocess=task.postprocessor,
+        detokenize=lambda tokens: vocabulary.decode([int(token) for token in tokens]),
+        truncated=truncated,
+        eos_id=-1 if vocabulary.eos_id is None else int(vocabulary.eos_id),
+    )
+
+
+def _eval_example(
+    index: int, fields: dict[str, Any], reader: TaskReader, lengths: Mapping[str, int]
+) -> tuple[EvalExample, bool]:
+    features = reader.task.output_features
+    targets_feature = features["targets"]
+    joined = fields.get("answer_choices") or ""
+    choices = [choice.strip() for choice in joined.split(CHOICES_SEPARATOR)] if joined else []
+    # A choice gets what the targets of the task get: EOS if they end with it.
+    eos = (
+        bool(len(fields["targets"])) and fields["targets"][-1] == targets_feature.vocabulary.eos_id
+    )
+    sides = {side: np.asarray(fields.pop(side), np.int32) for side in SIDES}
+    choice_tokens = [encode(choice, targets_feature, eos) for choice in choices]
+    too_long = (
+        len(sides["inputs"]) > lengths["inputs"]
+        or len(sides["targets"]) > lengths["targets"]
+        or any(len(tokens) > lengths["targets"] for tokens in choice_tokens)
+    )
+    trimmed = {
+        side: trim(tokens, lengths[side], reader.eos_after_trim(side))
+        for side, tokens in sides.items()
+    }
+    texts = {
+        side: fields.pop(f"{side}_pretokenized", None)
+        or features[side].vocabulary.decode([int(token) for token in tokens])
+        for side, tokens in sides.items()
+    }
+    return (
+        EvalExample(
+            index=index,
+            inputs=trimmed["inputs"].tolist(),
+            targets=trimmed["targets"].tolist(),
+            inputs_text=texts["inputs"],
+            targets_text=texts["targets"],
+            choices=choices,
+            choice_tokens=[
+                trim(tokens, lengths["targets"], reader.eos_after_trim("targets")).tolist()
+                for tokens in choice_tokens
+            ],
+            fields=fields,
+        ),
+        too_long,
+    )

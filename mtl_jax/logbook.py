@@ -1,0 +1,212 @@
+"""Metrics of the training loop: fetched one step late, summed per task, written every few steps."""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from mtl_jax import flops, report
+from mtl_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from mtl_jax.build import Session
+
+
+class Logbook:
+    """Collects the metrics of every step without holding the device up.
+
+    Step n is read after step n + 1 has been dispatched. Waiting for step n before dispatching
+    n + 2 keeps the host at most one step ahead.
+    """
+
+    def __init__(
+        self, session: "Session", task_ids: Mapping[str, int], ledger: report.Ledger, first: int
+    ):
+        """Opens the files.
+
+        Args:
+          session: of the run.
+          task_ids: name -> index in the per-task vectors.
+          ledger: waiting for the device is booked there as "step".
+          first: the step that the run continues from.
+        """
+        cfg = session.config
+        self.step = first
+        self._run, self._ledger, self._every = session.run, ledger, cfg.run.log_every
+        self._names = {index: name for name, index in task_ids.items()}
+        primary = jax.process_index() == 0
+        self._writer = report.MetricsWriter(
+            session.run.path, cfg.run.tensorboard, resume_step=first, primary=primary
+        )
+        if primary:
+            report.truncate_jsonl(session.run.path / "results.jsonl", first)
+        self._progress = report.Progress(cfg.run.steps, first)
+        self._newest: tuple[int, dict[str, jax.Array], tuple[float, float]] | None = None
+        self._fetched: list[tuple[int, dict[str, Any]]] = []
+        self._padding: list[tuple[float, float]] = []
+        self._since = time.perf_counter()
+        self._interrupted = self._interruptions()
+        device = jax.devices()[0]
+        self._step_flops = flops.flops_per_step(
+            cfg.model, cfg.data.batch_size, cfg.data.inputs_length, cfg.data.targets_length
+        )
+        self._device_kind, self._devices = device.device_kind, jax.device_count()
+        self._encoder_positions = cfg.data.batch_size * cfg.data.inputs_length
+        self._decoder_positions = cfg.data.batch_size * cfg.data.targets_length
+
+    def add(self, number: int, metrics: dict[str, jax.Array], padding: tuple[float, float]) -> None:
+        """Takes the metrics of the step just dispatched, and reads those of the step before.
+
+        Args:
+          number: the step.
+          metrics: of `step.train_step`, still on the device.
+          padding: shares of padding among the encoder's and the decoder's tokens.
+        """
+        previous, self._newest, self.step = self._newest, (number, metrics, padding), number
+        if previous is not None:
+            self._fetch(*previous)
+
+    def flush(self) -> None:
+        """Reads the newest step too; waits for the device.
+
+        Raises:
+          UserError: a loss that is not finite.
+        """
+        if self._newest is not None:
+            newest, self._newest = self._newest, None
+            self._fetch(*newest)
+
+    def _fetch(
+        self, number: int, metrics: dict[str, jax.Array], padding: tuple[float, float]
+    ) -> None:
+        with self._ledger("step"):
+            values = jax.device_get(metrics)
+        if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
+            raise UserError(self._not_finite(number, values))
+        self._fetched.append((number, values))
+        self._padding.append(padding)
+        if number % self._every == 0:
+            self._write()
+
+    def _interruptions(self) -> float:
+        """Seconds so far that were no training: evaluations and checkpoints."""
+        seconds = self._ledger.seconds()
+        return seconds.get("eval", 0.0) + seconds.get("checkpoint", 0.0)
+
+    def _not_finite(self, number: int, values: Mapping[str, Any]) -> str:
+        bad = [
+            self._names.get(int(i), "padding")
+            for i in np.flatnonzero(~np.isfinite(values["task_loss_sum"]))
+        ]
+        what = f"The loss at step {number} is {values['loss']}"
+        where = f", from task {', '.join(bad)}" if bad else ""
+        if math.isfinite(values["loss"]):
+            what = f"The gradient at step {number} is not finite (norm {values['grad_norm']})"
+        return (
+            f"{what}{where}. The run stops; earlier checkpoints are untouched. Look at that task's "
+            "data, or lower Optimizer.learning_rate, or set Optimizer.clip_norm."
+        )
+
+    def _write(self) -> None:
+        """One line of metrics over the steps since the last one."""
+        rows: Sequence[dict[str, Any]] = [values for _, values in self._fetched]
+        number = self._fetched[-1][0]
+        now = time.perf_counter()
+        seconds = now - self._since - (self._interruptions() - self._interrupted)
+        self._since, self._interrupted = now, self._interruptions()
+        sums: dict[str, np.ndarray] = {
+            name: np.stack([row[name] for row in rows]).sum(axis=0, dtype=np.float64)
+            for name in ("task_loss_sum", "task_tokens", "task_correct")
+        }
+        tokens = max(float(sums["task_tokens"].sum()), 1.0)
+        encoder_padding, decoder_padding = np.mean(self._padding, axis=0)
+        real = self._encoder_positions * (1 - encoder_padding)
+        real += self._decoder_positions * (1 - decoder_padding)
+        speed = len(rows) * real / seconds
+        line = {
+            "loss": float(sums["task_loss_sum"].sum()) / tokens,
+            "accuracy": float(sums["task_correct"].sum()) / tokens,
+            "z_loss": float(np.mean([row["z_loss"] for row in rows])),
+            "grad_norm": float(rows[-1]["grad_norm"]),
+            "learning_rate": float(rows[-1]["learning_rate"]),
+            "target_tokens": tokens,
+            "encoder_padding": encoder_padding,
+            "decoder_padding": decoder_padding,
+            "tokens_per_second": speed,
+            "seconds_per_step": seconds / len(rows),
+        }
+        use = flops.utilisation(
+            self._step_flops * len(rows), seconds, self._device_kind, self._devices
+        )
+        if use is not None:
+            line["model_flops_utilisation"] = use
+        for index in np.flatnonzero(sums["task_tokens"]):
+            name, count = self._names[int(index)], sums["task_tokens"][index]
+            line[report.task_metric("loss", name)] = sums["task_loss_sum"][index] / count
+            line[report.task_metric("accuracy", name)] = sums["task_correct"][index] / count
+            line[report.task_metric("tokens", name)] = count
+        self._writer.write(number, line)
+        self._progress.update(number, loss=line["loss"], tokens_per_second=speed)
+        # Now rather than at the end: a run that is killed keeps its account of time.
+        self._ledger.save(self._run)
+        self._fetched, self._padding = [], []
+
+    def write_results(self, number: int, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        """Puts evaluation into metrics.jsonl as means over tasks, and returns them.
+
+        Returns:
+          "METRIC" and "METRIC/DATASET" -> mean over tasks; what `Checkpoint.best_metric` may name.
+        """
+        groups: dict[str, list[float]] = {}
+        for row in rows:
+            if row["metric"] not in ("chance", "majority"):
+                groups.setdefault(row["metric"], []).append(row["value"])
+                groups.setdefault(f"{row['metric']}/{row['dataset']}", []).append(row["value"])
+        means = {name: float(np.mean(values)) for name, values in groups.items()}
+        self._writer.write(number, {f"eval/{name}": value for name, value in means.items()})
+        overall = "  ".join(f"{n} {v:.1f}" for n, v in means.items() if "/" not in n)
+        self._progress.write(f"evaluation at step {number:,}: {overall}")
+        return means
+
+    def finish(self, counters: Mapping[str, Mapping[str, int]]) -> None:
+        """Writes what is left: the last metrics, data.json with the data's counters, the ledger.
+
+        Args:
+          counters: per task, of `TrainStream.counters_by_task`.
+        """
+        self.flush()
+        if self._fetched:
+            self._write()
+        self._run.write_json("data.json", counters)
+        self._report_cuts(counters)
+        self._ledger.save(self._run)
+
+    def _report_cuts(self, counters: Mapping[str, Mapping[str, int]]) -> None:
+        """One line on examples that did not fit their row; data.json has every task's numbers."""
+        cuts = {
+            name: of_task["truncated_inputs"] + of_task["truncated_targets"]
+            for name, of_task in counters.items()
+        }
+        examples = sum(of_task["examples"] for of_task in counters.values())
+        if sum(cuts.values()) <= 0.01 * examples:
+            return
+        worst = sorted(cuts, key=lambda name: -cuts[name])[:3]
+        longest = max(of_task["longest_input"] for of_task in counters.values())
+        self._progress.write(
+            f"warning: {sum(cuts.values()):,} inputs or targets of {examples:,} examples were cut "
+            f"to Data.inputs_length or Data.targets_length (longest input {longest:,} tokens); "
+            f"most often {', '.join(f'{name} ({cuts[name]:,})' for name in worst)}; see data.json"
+        )
+
+    def __enter__(self) -> "Logbook":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        # Also after an error: what was measured until then is kept.
+        if self._fetched:
+            self._write()
+        self._progress.close()
+        self._writer.close()

@@ -1,0 +1,297 @@
+"""Tasks and mixtures by name: importing their modules, mixtures from Gin, rates, vocabularies."""
+
+import fnmatch
+import functools
+import importlib
+import os
+import pathlib
+import sys
+import traceback
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import seqio
+
+from mtl_jax.data_config import DataConfig, MixtureConfig
+from mtl_jax.errors import UserError, suggest
+from mtl_jax.reading import tasks_of
+from mtl_jax.task_info import info
+
+DATA_FOLDER_VARIABLE = "MTL_JAX_DATA"
+
+
+def load_modules(config: DataConfig) -> None:
+    """Imports the task modules for their registrations, and makes the data folder known to them.
+
+    The folder reaches the modules as the environment variable MTL_JAX_DATA.
+
+    Raises:
+        UserError: no such module or folder, or a module that fails while it is imported.
+    """
+    if config.data_dir:
+        if not pathlib.Path(config.data_dir).is_dir():
+            raise UserError(f"Data.data_dir: {config.data_dir} is not a folder.")
+        os.environ[DATA_FOLDER_VARIABLE] = os.path.abspath(config.data_dir)
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    importlib.invalidate_caches()
+    for name in config.task_modules:
+        try:
+            importlib.import_module(name)
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"Data.task_modules: {_import_failure(name, error)}") from error
+
+
+def _import_failure(name: str, error: Exception) -> str:
+    """Says that a module is not there, or which line of it went wrong."""
+    absent = error.name if isinstance(error, ModuleNotFoundError) else None
+    if absent and f"{name}.".startswith(f"{absent}."):
+        here = [path.stem for path in pathlib.Path().glob("*.py")]
+        hint = suggest(name.removesuffix(".py"), here)
+        return (
+            f"there is no Python module {name!r} in {os.getcwd()} or among the installed "
+            f"packages.{hint}"
+        )
+    if isinstance(error, SyntaxError) and error.filename:
+        where, reason = f" at {error.filename}, line {error.lineno}", error.msg
+    else:
+        where, reason = _line_of_module(error), str(error)
+    return f"the import of {name!r} fails{where}: {type(error).__name__}: {reason}"
+
+
+def _line_of_module(error: Exception) -> str:
+    """Returns the innermost line in the folder of the module: rarely is a library to blame."""
+    # The first frame is that of `load_modules`; between it and the module lie those of the import.
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)[1:]
+        if "importlib" not in frame.filename
+    ]
+    if not frames:
+        return ""
+    folder = pathlib.Path(frames[0].filename).parent
+    line = [frame for frame in frames if pathlib.Path(frame.filename).parent == folder][-1]
+    return f" at {line.filename}, line {line.lineno}"
+
+
+def provider(name: str) -> seqio.Task | seqio.Mixture:
+    """Returns the registered task or mixture of a name.
+
+    Raises:
+        UserError: there is none; names the nearest ones.
+    """
+    if name in seqio.TaskRegistry.names():
+        return seqio.TaskRegistry.get(name)
+    if name in seqio.MixtureRegistry.names():
+        return seqio.MixtureRegistry.get(name)
+    known = [*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()]
+    hint = suggest(name, known)
+    raise UserError(
+        f"No task or mixture {name!r} is registered.{hint} "
+        + ("" if hint else f"{len(known)} are; `mtl-jax tasks` lists them. ")
+        + "Is its module among Data.task_modules (for `mtl-jax tasks`: --module)?"
+    )
+
+
+def expand(names: Iterable[str]) -> list[str]:
+    """Resolves names and globs over tasks and mixtures, in the order given, each once.
+
+    A glob stands for tasks; if none fits it, for mixtures.
+
+    Raises:
+        UserError: a name is not registered, or a glob fits nothing.
+    """
+    found: dict[str, None] = {}
+    for name in names:
+        if not any(mark in name for mark in "*?["):
+            provider(name)  # complains of an unknown one
+            found[name] = None
+            continue
+        for registry in (seqio.TaskRegistry, seqio.MixtureRegistry):
+            fitting = fnmatch.filter(sorted(registry.names()), name)
+            if fitting:
+                found.update(dict.fromkeys(fitting))
+                break
+        else:
+            provider(name)
+    return list(found)
+
+
+def task_names(mixture: str) -> list[str]:
+    """Returns the sorted names of the tasks of a mixture (or the name of the task itself)."""
+    return [task.name for task in tasks_of(provider(mixture))]
+
+
+def build_mixture(config: MixtureConfig) -> str:
+    """Registers the mixture that Gin describes and returns its name ("" where none is described).
+
+    Raises:
+        UserError: a value that cannot be used; names the field.
+    """
+    if not config.name:
+        return ""
+    if not config.tasks:
+        raise UserError(f"Mixture.tasks is empty: say which tasks {config.name!r} mixes.")
+    if config.rates != "examples" and (config.maximum is not None or config.temperature != 1.0):
+        raise UserError(
+            "Mixture.maximum and Mixture.temperature need Mixture.rates='examples'; "
+            f"it is {config.rates!r}."
+        )
+    # Mixtures among the tasks are opened: a rate belongs to a task, and none is counted twice.
+    names = list(dict.fromkeys(task for name in expand(config.tasks) for task in task_names(name)))
+    rates = _rates(config, names)
+    known = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
+    if config.name in known:
+        existing = seqio.MixtureRegistry.names()
+        if config.name not in existing or not _same(config.name, rates):
+            raise UserError(
+                f"Mixture.name: {config.name!r} is already registered; choose another name."
+            )
+        return config.name
+    try:
+        seqio.MixtureRegistry.add(config.name, list(rates.items()))
+    except ValueError as error:
+        raise UserError(f"Mixture {config.name!r}: {error}") from error
+    return config.name
+
+
+def _same(name: str, rates: Mapping[str, Any]) -> bool:
+    registered = seqio.MixtureRegistry.get(name).rate_per_task_name
+    return {n: repr(r) for n, r in registered.items()} == {n: repr(r) for n, r in rates.items()}
+
+
+def _rates(config: MixtureConfig, names: Sequence[str]) -> dict[str, Any]:
+    if isinstance(config.rates, Mapping):
+        return _explicit_rates(config.rates, names)
+    if config.rates == "equal":
+        return dict.fromkeys(names, 1.0)
+    if config.rates == "examples":
+        rate = functools.partial(
+            examples_rate, maximum=config.maximum, temperature=config.temperature
+        )
+        return dict.fromkeys(names, rate)
+    raise UserError(
+        f"Mixture.rates must be 'equal', 'examples' or a dictionary of numbers, "
+        f"not {config.rates!r}.{suggest(str(config.rates), ['equal', 'examples'])}"
+    )
+
+
+def _explicit_rates(rates: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
+    """A name beats a glob, a later glob an earlier one."""
+    found: dict[str, float] = {}
+    ordered = sorted(rates, key=lambda pattern: pattern in names)
+    for pattern in ordered:
+        rate = rates[pattern]
+        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not rate >= 0:
+            raise UserError(f"Mixture.rates[{pattern!r}] must be a number >= 0, not {rate!r}.")
+        fitting = fnmatch.filter(names, pattern)
+        if not fitting:
+            raise UserError(
+                f"Mixture.rates: {pattern!r} is none of Mixture.tasks.{suggest(pattern, names)}"
+            )
+        found.update(dict.fromkeys(fitting, float(rate)))
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise UserError(
+            f"Mixture.rates has no rate for {', '.join(missing[:5])}"
+            f"{' and others' if len(missing) > 5 else ''}."
+        )
+    return {name: found[name] for name in names}
+
+
+def examples_rate(task: seqio.Task, maximum: float | None, temperature: float) -> float:
+    """The number of training examples, cut at `maximum`, then ** (1 / temperature): SeqIO's order.
+
+    Raises:
+        UserError: the number of examples is not known.
+    """
+    if not task.cache_dir and not count_examples(task, "train"):
+        raise UserError(
+            f"Task {task.name!r} does not know its number of training examples: give its source "
+            "num_input_examples, or give Mixture.rates as numbers."
+        )
+    return seqio.mixing_rate_num_examples(task, maximum=maximum, temperature=temperature)
+
+
+def count_examples(task: seqio.Task, split: str) -> int | None:
+    """Returns the number of examples the source states, None where it does not know."""
+    return task.num_input_examples(split) if split in task.splits else None
+
+
+def rates_of(mixture: str) -> dict[str, float]:
+    """Returns the rate of every task of a mixture, nested mixtures resolved (a task alone: 1)."""
+    found = provider(mixture)
+    if isinstance(found, seqio.Task):
+        return {mixture: 1.0}
+    try:
+        return {task.name: float(found.get_rate(task)) for task in found.tasks}
+    except (ValueError, ZeroDivisionError) as error:
+        raise UserError(f"Mixture {mixture!r}: its rates cannot be computed: {error}") from error
+
+
+@dataclass(frozen=True)
+class MixtureRow:
+    """A line of mixture.txt; `examples` is None where the source does not know."""
+
+    task: str
+    dataset: str
+    prompt: str
+    examples: int | None
+    rate: float
+    share: float
+
+
+def mixture_table(mixture: str, split: str = "train") -> list[MixtureRow]:
+    """Returns one row for each task of a mixture, sorted by name; `share` sums to one."""
+    rates = rates_of(mixture)
+    total = sum(rates.values())
+    rows = []
+    for name, rate in rates.items():
+        about = info(name)
+        count = count_examples(seqio.TaskRegistry.get(name), split)
+        share = rate / total if total else 0.0
+        rows.append(MixtureRow(name, about.dataset, about.prompt, count, rate, share))
+    return rows
+
+
+def vocabulary_size(names: Iterable[str]) -> int:
+    """Returns the number of tokens (with extra ids) of the vocabulary that the tasks share.
+
+    Raises:
+        UserError: the tasks, or the two sides of one, have different vocabularies.
+    """
+    seen: dict[str, Any] = {}
+    for name in names:
+        for side, feature in seqio.TaskRegistry.get(name).output_features.items():
+            label = f"{name} ({side})"
+            for other, vocabulary in seen.items():
+                if vocabulary != feature.vocabulary:
+                    raise UserError(
+                        f"The tasks have different vocabularies: {other} has {vocabulary}, "
+                        f"{label} has {feature.vocabulary}. One model has one vocabulary."
+                    )
+            if not seen:
+                seen[label] = feature.vocabulary
+    if not seen:
+        raise UserError("There are no tasks, so there is no vocabulary.")
+    return int(next(iter(seen.values())).vocab_size)
+
+
+def check_split(task: seqio.Task, split: str) -> None:
+    """Makes sure that a task has a split and that its source does not say it is empty.
+
+    Raises:
+        UserError: it has not, or it is.
+    """
+    if split not in task.splits:
+        raise UserError(
+            f"Task {task.name!r} has no split {split!r}; it has {', '.join(task.splits)}."
+            f"{suggest(split, task.splits)}"
+        )
+    if task.num_input_examples(split) == 0:
+        raise UserError(
+            f"Task {task.name!r}: its split {split!r} is empty. Give it data or leave it out."
+        )

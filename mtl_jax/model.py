@@ -1,0 +1,324 @@
+"""The T5 family: one encoder-decoder, pure functions over a plain dictionary of parameters.
+
+Names of parameters are T5X's; the layers of a stack are stored stacked, as `[layers, ...]`.
+`scan_layers` chooses between a loop and an unrolled graph: same parameters, same numbers.
+
+Letters: B batch, L encoder length, T decoder length, S key length, D embedding, H heads,
+K head dimension, E = H*K joined heads, F mlp, V vocabulary, N layers.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mtl_jax.layers import Cache, DecoderLayer, Dense, EncoderLayer, LayerNorm, dropout, stack
+from mtl_jax.model_config import T5Config
+
+Params = dict[str, Any]
+__all__ = [
+    "Params",
+    "T5Config",
+    "abstract_params",
+    "decode",
+    "decode_step",
+    "encode",
+    "init",
+    "logits",
+    "param_axes",
+    "start_cache",
+]
+
+
+class RelativeBias(nn.Module):
+    """The bias table; stored [heads, buckets] as in T5X, returned [buckets, heads]."""
+
+    cfg: T5Config
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
+        return self.param(
+            "rel_embedding",
+            nn.with_logical_partitioning(init, ("heads", "relpos_buckets")),
+            (self.cfg.num_heads, self.cfg.relpos_buckets),
+            jnp.float32,
+        ).T
+
+
+class Embedding(nn.Module):
+    """The token table, shared by encoder, decoder and (T5 1.0) the output."""
+
+    cfg: T5Config
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        return self.param(
+            "embedding",
+            nn.with_logical_partitioning(nn.initializers.normal(1.0), ("vocab", "embed")),
+            (self.cfg.vocab_size, self.cfg.emb_dim),
+            jnp.float32,
+        )
+
+
+class Encoder(nn.Module):
+    """Embedded tokens to the final norm."""
+
+    cfg: T5Config
+    deterministic: bool
+
+    def setup(self) -> None:
+        cfg = self.cfg
+        self.relpos_bias = RelativeBias(cfg)
+        self.layers = stack(
+            EncoderLayer, cfg, cfg.num_encoder_layers, self.deterministic, nn.broadcast
+        )
+        self.encoder_norm = LayerNorm(cfg.dtype)
+        self.dropout = dropout(cfg, self.deterministic)
+
+    def __call__(self, x_BLD: jax.Array, segments_BL: jax.Array) -> jax.Array:
+        x_BLD, _ = self.layers(self.dropout(x_BLD), self.relpos_bias(), segments_BL)
+        return self.dropout(self.encoder_norm(x_BLD))
+
+
+class Decoder(nn.Module):
+    """Embedded tokens to the final norm, and the output layer."""
+
+    cfg: T5Config
+    deterministic: bool
+
+    def setup(self) -> None:
+        cfg = self.cfg
+        self.relpos_bias = RelativeBias(cfg)
+        in_axes = (0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast)
+        self.layers = stack(DecoderLayer, cfg, cfg.num_decoder_layers, self.deterministic, in_axes)
+        self.decoder_norm = LayerNorm(cfg.dtype)
+        self.dropout = dropout(cfg, self.deterministic)
+        if not cfg.logits_via_embedding:
+            # Always float32: its rounding goes straight into the loss.
+            self.logits_dense = Dense(cfg.vocab_size, ("embed", "vocab"), "float32")
+
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        encoded_BLD: jax.Array | None,
+        segments: dict[str, jax.Array],
+        cache: dict[str, Cache] | None = None,
+        position: jax.Array | None = None,
+    ) -> tuple[jax.Array, dict[str, Cache] | None]:
+        """With `cache` and `position` this is one decoding step (T = 1)."""
+        bias_table = self.relpos_bias()
+        x_BTD, cache = self.layers(
+            self.dropout(x_BTD), cache, encoded_BLD, bias_table, segments, position
+        )
+        return self.dropout(self.decoder_norm(x_BTD)), cache
+
+    def logits(self, hidden_BTD: jax.Array, embedding_VD: jax.Array) -> jax.Array:
+        hidden_BTD = hidden_BTD.astype(jnp.float32)
+        if self.cfg.logits_via_embedding:
+            scale = np.sqrt(self.cfg.emb_dim).astype(np.float32)
+            out_BTV = jnp.dot(hidden_BTD / scale, embedding_VD.T)
+        else:
+            out_BTV = self.logits_dense(hidden_BTD)
+        return nn.with_logical_constraint(out_BTV, ("batch", "length", "vocab"))
+
+
+class T5(nn.Module):
+    """All parameters under T5X's names; the functions below are its only users."""
+
+    cfg: T5Config
+    deterministic: bool = True
+
+    def setup(self) -> None:
+        self.token_embedder = Embedding(self.cfg)
+        self.encoder = Encoder(self.cfg, self.deterministic)
+        self.decoder = Decoder(self.cfg, self.deterministic)
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        x = jnp.take(self.token_embedder(), tokens, axis=0).astype(self.cfg.dtype)
+        return nn.with_logical_constraint(x, ("batch", "length", "embed"))
+
+    def encode(self, tokens_BL: jax.Array, segments_BL: jax.Array) -> jax.Array:
+        return self.encoder(self.embed(tokens_BL), segments_BL)
+
+    def decode(self, tokens_BT: jax.Array, *args: Any) -> Any:
+        return self.decoder(self.embed(tokens_BT), *args)
+
+    def logits(self, hidden_BTD: jax.Array) -> jax.Array:
+        return self.decoder.logits(hidden_BTD, self.token_embedder())
+
+    def everything(self, tokens_BL: jax.Array) -> jax.Array:
+        """Touches every parameter; for initialisation."""
+        segments = {name: tokens_BL for name in ("self_q", "self_kv", "cross_q", "cross_kv")}
+        hidden, _ = self.decode(tokens_BL, self.encode(tokens_BL, tokens_BL), segments)
+        return self.logits(hidden)
+
+
+# ---------------------------------------------------------------------------------------------
+# Functions: all that the rest of the code sees
+# ---------------------------------------------------------------------------------------------
+
+
+def _boxed_init(cfg: T5Config, rng: jax.Array) -> Any:
+    # A loop makes the same parameters as unrolled layers and compiles much faster.
+    cfg = dataclasses.replace(cfg, scan_layers=True)
+    return T5(cfg).init(rng, jnp.ones((1, 1), jnp.int32), method="everything")["params"]
+
+
+def init(cfg: T5Config, rng: jax.Array) -> Params:
+    """Fresh parameters, float32, with T5's initial scales.
+
+    Args:
+      cfg: the shape.
+      rng: a PRNG key.
+
+    Returns:
+      Nested dictionary; kernels are [in, out], layers are stacked as [layers, ...].
+    """
+    return nn.unbox(_boxed_init(cfg, rng))
+
+
+def abstract_params(cfg: T5Config) -> Params:
+    """The tree of `init` as `jax.ShapeDtypeStruct`, without computing anything."""
+    return jax.eval_shape(functools.partial(init, cfg), jax.random.key(0))
+
+
+def param_axes(cfg: T5Config) -> Params:
+    """The tree of `init` with a tuple of logical axis names at each leaf."""
+    boxed = jax.eval_shape(functools.partial(_boxed_init, cfg), jax.random.key(0))
+    is_box = lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)  # noqa: E731
+    return jax.tree.map(lambda leaf: tuple(leaf.names), boxed, is_leaf=is_box)
+
+
+def _apply(cfg: T5Config, params: Params, method: str, *args: Any, rng: Any = None) -> Any:
+    module = T5(cfg, deterministic=rng is None)
+    rngs = None if rng is None else {"dropout": rng}
+    return module.apply({"params": params}, *args, method=method, rngs=rngs)
+
+
+def encode(
+    cfg: T5Config,
+    params: Params,
+    tokens_BL: jax.Array,
+    segments_BL: jax.Array,
+    *,
+    dropout_rng: jax.Array | None = None,
+) -> jax.Array:
+    """Runs the encoder.
+
+    Args:
+      cfg: the shape.
+      params: tree of `init`.
+      tokens_BL: int32.
+      segments_BL: int32, 0 for padding; tokens of one segment see each other only.
+      dropout_rng: a PRNG key to apply dropout, None for none.
+
+    Returns:
+      encoded_BLD in `cfg.dtype`.
+    """
+    return _apply(cfg, params, "encode", tokens_BL, segments_BL, rng=dropout_rng)
+
+
+def decode(
+    cfg: T5Config,
+    params: Params,
+    encoded_BLD: jax.Array,
+    tokens_BT: jax.Array,
+    *,
+    segments_BT: jax.Array,
+    cross_segments_BT: jax.Array,
+    encoder_segments_BL: jax.Array,
+    dropout_rng: jax.Array | None = None,
+) -> jax.Array:
+    """Runs the decoder over given (shifted) tokens.
+
+    Args:
+      cfg: the shape.
+      params: tree of `init`.
+      encoded_BLD: from `encode`.
+      tokens_BT: int32 decoder inputs.
+      segments_BT: int32, 0 for padding; self-attention stays within a segment.
+      cross_segments_BT: int32; a position sees the encoder positions of this segment. Equal to
+        `segments_BT` for packed rows; all ones where many targets share one input.
+      encoder_segments_BL: int32, as given to `encode`.
+      dropout_rng: a PRNG key to apply dropout, None for none.
+
+    Returns:
+      hidden_BTD in `cfg.dtype`.
+    """
+    segments = {
+        "self_q": segments_BT,
+        "self_kv": segments_BT,
+        "cross_q": cross_segments_BT,
+        "cross_kv": encoder_segments_BL,
+    }
+    args = (tokens_BT, encoded_BLD, segments)
+    return _apply(cfg, params, "decode", *args, rng=dropout_rng)[0]
+
+
+def logits(cfg: T5Config, params: Params, hidden_BTD: jax.Array) -> jax.Array:
+    """Output logits_BTV, float32, of the decoder's hidden states."""
+    return _apply(cfg, params, "logits", hidden_BTD)
+
+
+def start_cache(
+    cfg: T5Config,
+    params: Params,
+    encoded_BLD: jax.Array,
+    encoder_segments_BL: jax.Array,
+    max_length: int,
+) -> dict[str, Any]:
+    """The decoding cache: keys and values of the inputs, once, and room for `max_length` tokens.
+
+    Returns:
+      {"layers": {"self", "cross"}: {"key", "value"} [N, B, positions, H, K],
+       "encoder_segments": [B, L]}.
+    """
+    batch, heads = encoded_BLD.shape[0], (cfg.num_heads, cfg.head_dim)
+    cross = params["decoder"]["layers"]["encoder_decoder_attention"]
+
+    def project(name: str) -> jax.Array:
+        kernel_NDE = cross[name]["kernel"].astype(cfg.dtype)
+        out = jnp.einsum("BLD,NDE->NBLE", encoded_BLD.astype(cfg.dtype), kernel_NDE)
+        return out.reshape(*out.shape[:-1], *heads)
+
+    empty = jnp.zeros((cfg.num_decoder_layers, batch, max_length, *heads), cfg.dtype)
+    return {
+        "layers": {
+            "self": {"key": empty, "value": empty},
+            "cross": {"key": project("key"), "value": project("value")},
+        },
+        "encoder_segments": encoder_segments_BL,
+    }
+
+
+def decode_step(
+    cfg: T5Config, params: Params, cache: dict[str, Any], tokens_B: jax.Array, position: jax.Array
+) -> tuple[jax.Array, dict[str, Any]]:
+    """One decoding step for every row.
+
+    Args:
+      cfg: the shape.
+      params: tree of `init`.
+      cache: from `start_cache` or the step before.
+      tokens_B: int32, the tokens at `position` (0 at position 0).
+      position: int32 scalar, below the `max_length` of the cache.
+
+    Returns:
+      (hidden_BD, the next cache).
+    """
+    keys = cache["layers"]["self"]["key"].shape[2]
+    ones = jnp.ones((tokens_B.shape[0], keys), jnp.int32)
+    segments = {
+        "self_q": ones[:, :1],
+        "self_kv": ones,
+        "cross_q": ones[:, :1],
+        "cross_kv": cache["encoder_segments"],
+    }
+    args = (tokens_B[:, None], None, segments, cache["layers"], position)
+    hidden_B1D, layers = _apply(cfg, params, "decode", *args)
+    return hidden_B1D[:, 0], cache | {"layers": layers}

@@ -1,0 +1,204 @@
+"""The mesh, the table of logical axis rules, and where every array of a run lives."""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from mtl_jax.errors import UserError
+from mtl_jax.model_config import T5Config
+
+AXES = ("data", "fsdp", "tensor")
+
+# Logical axis -> mesh axes, in order of priority: an array uses each mesh axis once, so an
+# activation ("batch", "length", "embed") spends `fsdp` on its batch, a kernel on its embed axis.
+RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
+    ("batch", ("data", "fsdp")),
+    ("vocab", "tensor"),
+    ("mlp", "tensor"),
+    ("heads", "tensor"),
+    ("joined_kv", "tensor"),
+    ("embed", "fsdp"),
+    ("kv", None),
+    ("length", None),
+    ("relpos_buckets", None),
+    ("layers", None),
+    ("tasks", None),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How devices are laid out.
+
+    Attributes:
+      data: copies of the model, each with its share of the rows; -1 takes the devices that the
+        other axes leave.
+      fsdp: shards of every parameter along its embedding axis; rows are split over them too.
+      tensor: shards of heads, MLP and vocabulary.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        sizes = [getattr(self, axis) for axis in AXES]
+        if sizes.count(-1) > 1 or any(size == 0 or size < -1 for size in sizes):
+            given = ", ".join(f"Mesh.{a} = {s}" for a, s in zip(AXES, sizes, strict=True))
+            raise UserError(f"Mesh sizes are positive, and one of them may be -1; got {given}.")
+
+
+def configure_jax() -> None:
+    """Sets how JAX draws random numbers; the one place where the project does so."""
+    # They must not depend on how arrays are sharded.
+    jax.config.update("jax_threefry_partitionable", True)
+
+
+def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh (data, fsdp, tensor) over the devices.
+
+    Args:
+      cfg: sizes.
+      devices: all devices of all processes by default.
+
+    Raises:
+      UserError: the sizes do not multiply to the number of devices; names axis and sizes.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = {axis: getattr(cfg, axis) for axis in AXES}
+    known = math.prod(size for size in sizes.values() if size != -1)
+    free = [axis for axis, size in sizes.items() if size == -1]
+    if len(devices) % known or (not free and known != len(devices)):
+        wanted = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
+        raise UserError(
+            f"The mesh {wanted} does not fit {len(devices)} devices: the sizes must multiply to "
+            f"{len(devices)}; set one of Mesh.data, Mesh.fsdp, Mesh.tensor to -1 for the rest. "
+            f"Sizes that divide {len(devices)}: {_divisors(len(devices))}."
+        )
+    for axis in free:
+        sizes[axis] = len(devices) // known
+    return jax.make_mesh(
+        tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
+    )
+
+
+def _divisors(number: int, limit: int = 4096) -> str:
+    return ", ".join(str(n) for n in range(1, min(number, limit) + 1) if number % n == 0)
+
+
+def validate(mesh: Mesh, model: T5Config, rows: int, microbatches: int = 1) -> None:
+    """Checks before compiling that every sharded dimension divides.
+
+    Raises:
+      UserError: names the mesh axis, the dimension and the sizes that would work.
+    """
+    fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
+    replicas = mesh.shape["data"] * fsdp
+    for field, axis, size in (
+        ("emb_dim", "fsdp", fsdp),
+        ("num_heads", "tensor", tensor),
+        ("mlp_dim", "tensor", tensor),
+        ("vocab_size", "tensor", tensor),
+    ):
+        dimension = getattr(model, field)
+        if dimension % size:
+            raise UserError(
+                f"Mesh.{axis} = {size} does not divide T5.{field} = {dimension}; sizes that "
+                f"would work: {_divisors(dimension, 256)}."
+            )
+    if rows % (replicas * microbatches):
+        raise UserError(
+            f"Data.batch_size = {rows} must be a multiple of {replicas * microbatches}: Mesh.data "
+            f"{mesh.shape['data']} x Mesh.fsdp {fsdp} x Step.microbatches {microbatches}."
+        )
+
+
+def spec(axes: Sequence[str | None], rules: Sequence[Any] = RULES) -> PartitionSpec:
+    """The partition of an array with these logical axes."""
+    return nn.logical_to_mesh_axes(tuple(axes), rules)
+
+
+def state_shardings(mesh: Mesh, axes: Any, state: Any) -> Any:
+    """Shardings of a whole train state; the optimizer's arrays lie where their parameter lies.
+
+    An optimizer's array belongs to the parameter whose path its own path ends with. Adafactor's
+    factored moments lack one axis of it: `v_row` the larger of the two last-sorted axes, `v_col`
+    the other, as in `optax.adafactor`; a stacked `layers` axis is never factored.
+
+    Args:
+      mesh: the mesh.
+      axes: tree of logical axis names of the parameters.
+      state: abstract state (`jax.eval_shape`), with the fields of `step.TrainState`.
+    """
+    is_axes = lambda leaf: isinstance(leaf, tuple)  # noqa: E731
+    names = {
+        _keys(path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(axes, is_leaf=is_axes)
+    }
+    shapes = {
+        _keys(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)
+    }
+
+    def place(path: Any, leaf: Any) -> NamedSharding:
+        keys = _keys(path)
+        for start in range(len(keys)):
+            if keys[start:] in names:
+                own = _axes_of_state(leaf.shape, names[keys[start:]], shapes[keys[start:]], keys)
+                return NamedSharding(mesh, spec(own))
+        return NamedSharding(mesh, PartitionSpec())
+
+    return jax.tree_util.tree_map_with_path(place, state)
+
+
+def _keys(path: Any) -> tuple[str, ...]:
+    return tuple(
+        str(getattr(entry, "key", getattr(entry, "name", getattr(entry, "idx", ""))))
+        for entry in path
+    )
+
+
+def _axes_of_state(
+    shape: tuple[int, ...], axes: tuple[str, ...], param_shape: tuple[int, ...], keys: Sequence[str]
+) -> tuple[str | None, ...]:
+    if shape == param_shape:
+        return axes
+    stacked = 1 if axes[0] == "layers" else 0
+    order = np.argsort(param_shape[stacked:])
+    if len(order) >= 2 and ("v_row" in keys or "v_col" in keys):
+        gone = stacked + int(order[-1] if "v_row" in keys else order[-2])
+        if shape == param_shape[:gone] + param_shape[gone + 1 :]:
+            return axes[:gone] + axes[gone + 1 :]
+    return (None,) * len(shape)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Where the rows of a batch [B, length] live."""
+    return NamedSharding(mesh, spec(("batch", "length")))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Whole on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def put_batch(mesh: Mesh, arrays: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    """This process's rows as global arrays [global rows, length] on the mesh."""
+    sharding = batch_sharding(mesh)
+    return {
+        name: jax.make_array_from_process_local_data(sharding, array)
+        for name, array in arrays.items()
+    }
+
+
+@contextlib.contextmanager
+def on_mesh(mesh: Mesh) -> Iterator[None]:
+    """Traces inside give activations their place by the rule table."""
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        yield

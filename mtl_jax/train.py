@@ -1,0 +1,202 @@
+"""THE page: configuration, mesh, data, model, state, restore, loop, evaluation, save.
+
+`mtl-jax train` is `main`, `mtl-jax eval` is `evaluate_main`.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import sys
+import time
+from typing import Any
+
+import jax
+
+from mtl_jax import build, config, data, dry_run, report, sharding, step
+from mtl_jax.checkpoint import Checkpointer
+from mtl_jax.errors import UserError
+from mtl_jax.logbook import Logbook
+from mtl_jax.run_directory import model_info, versions
+
+
+def main(args: argparse.Namespace) -> int:
+    """Trains; continues the run that is in the run directory.
+
+    Raises:
+      UserError: a mistake in the configuration or its files, or a loss that is not finite.
+    """
+    cfg = config.load_args(args)
+    if args.dry_run:  # it leaves nothing behind, not even compiled programs
+        cfg = dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, compile_cache=False))
+    session = build.build(cfg)
+    if not session.config.data.mixture:
+        raise UserError("Data.mixture is empty: name a registered task or mixture to train on.")
+    if args.dry_run:
+        num_tasks = len(data.task_names(session.config.data.mixture))
+        print(dry_run.describe(session, compile_step(session, num_tasks)))
+        return 0
+    train(session, argv=args.argv)
+    print_results(session)
+    print(f"Run directory: {session.run.path}")
+    print(f"Report: {report.write_report(session.run.path)}")
+    return 0
+
+
+def train(session: build.Session, argv: list[str]) -> None:
+    """One run from start or last checkpoint to `Run.steps`."""
+    cfg, run, mesh = session.config, session.run, session.mesh
+    ledger = report.Ledger()
+    with contextlib.ExitStack() as closing:
+        # -------------------------------------------------------------- data
+        run.create()
+        tasks = data.task_names(cfg.data.mixture)
+        task_ids = run.task_ids(tasks)
+        stream = closing.enter_context(
+            data.TrainStream(cfg.data, task_ids, jax.process_index(), jax.process_count())
+        )
+        with ledger("eval"):
+            eval_tasks = session.eval_tasks()
+
+        # -------------------------------------------------------------- state
+        # A checkpoint of another architecture fails here, before any file is replaced.
+        with ledger("checkpoint"):
+            checkpointer = closing.enter_context(Checkpointer(run.checkpoints, cfg.checkpoint))
+            first = checkpointer.latest() or 0
+            if first:
+                session.check_model(checkpointer.meta(first), run.checkpoints / str(first))
+                state, position, _ = checkpointer.restore(first, session.abstract_state)
+                stream.restore(position)
+                say(f"Continuing from step {first:,} in {run.path}")
+        if not first:
+            with ledger("start"):
+                state = build.start_state(session)
+            first = int(state.step)  # not 0 where Run.restore_from gives its step number, too
+        if first >= cfg.run.steps > 0:
+            say(f"Run.steps = {cfg.run.steps:,} are done: {run.path} is at step {first:,}.")
+            return
+
+        # -------------------------------------------------------------- run directory
+        run.freeze_task_ids(tasks)
+        describe_run(session, argv)
+        book = closing.enter_context(Logbook(session, task_ids, ledger, first))
+        evaluator = session.evaluator()
+
+        def evaluate(number: int) -> list[Any]:
+            progress = report.evaluation_progress()
+            with ledger("eval"):
+                return evaluator.run(state.params, eval_tasks, number, run.path, progress)
+
+        if cfg.run.evaluate_untrained and not first and eval_tasks:
+            evaluate(0)
+
+        # -------------------------------------------------------------- compile
+        # Not the key of the parameters: dropout must not repeat what made them.
+        rng = jax.random.fold_in(jax.random.key(cfg.run.seed), 1)
+        rng = jax.device_put(rng, sharding.replicated(mesh))
+        with ledger("compile"):
+            update = compile_step(session, len(task_ids))
+        with ledger("data"):
+            ahead = next_batch(stream, mesh)
+
+        # -------------------------------------------------------------- loop
+        for number in range(first + 1, cfg.run.steps + 1):
+            arrays, batch = ahead
+            with ledger("step"), jax.transfer_guard("disallow"):
+                state, metrics = update(state, arrays, rng)
+            book.add(number, metrics, batch.padding)
+            last = number == cfg.run.steps
+            if not last:
+                with ledger("data"):
+                    ahead = next_batch(stream, mesh)
+            scores = None
+            if eval_tasks and (last or due(number, cfg.eval.every)):
+                book.flush()
+                scores = book.write_results(number, evaluate(number))
+            if last or due(number, cfg.checkpoint.every):
+                book.flush()  # a loss that is not finite must stop the run before it is saved
+                with ledger("checkpoint"):
+                    checkpointer.save(number, state, batch.state, session.meta(task_ids), scores)
+        with ledger("checkpoint"):
+            checkpointer.wait()
+        book.finish(stream.counters_by_task(ahead[1]))
+
+
+def due(number: int, every: int) -> bool:
+    """Whether something happens at this step; 0 means never."""
+    return every > 0 and number % every == 0
+
+
+def next_batch(
+    stream: data.TrainStream, mesh: jax.sharding.Mesh
+) -> tuple[dict[str, jax.Array], data.Batch]:
+    """The next batch on the devices, and as it came: it knows the position in the data after it."""
+    batch = next(stream)
+    return sharding.put_batch(mesh, batch.arrays), batch
+
+
+def compile_step(session: build.Session, num_tasks: int) -> Any:
+    """The train step, compiled once from shapes; other shapes are errors, not a second compile."""
+    cfg, everywhere = session.config, sharding.replicated(session.mesh)
+    update = functools.partial(step.train_step, cfg.model, cfg.step, cfg.optimizer, num_tasks)
+    jitted = jax.jit(update, donate_argnums=0, out_shardings=(session.shardings, everywhere))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    rng = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=everywhere)
+    batch = session.abstract_batch()
+    with sharding.on_mesh(session.mesh):
+        return jitted.lower(session.abstract_state, batch, rng).compile()
+
+
+def describe_run(session: build.Session, argv: list[str]) -> None:
+    """Writes the files that tell what this run is."""
+    run = session.run
+    run.write_text("config.gin", session.config.text)
+    # This interpreter by its path: it needs no activated environment.
+    run.write_command([sys.executable, "-m", "mtl_jax", *argv])
+    run.write_json("versions.json", versions())
+    params, shardings = session.abstract_state.params, session.shardings.params
+    run.write_text("model-info.txt", model_info(params, session.axes, shardings))
+    run.write_text("mixture.txt", build.mixture_text(session))
+    cfg = session.config.data
+    mesh = " x ".join(f"{axis} {size}" for axis, size in session.mesh.shape.items())
+    say(
+        f"T5 with {session.num_parameters:,} parameters; {cfg.mixture}: "
+        f"{len(data.task_names(cfg.mixture))} tasks, {cfg.batch_size} rows of "
+        f"{cfg.inputs_length} + {cfg.targets_length} tokens; mesh {mesh}"
+    )
+
+
+def say(line: str) -> None:
+    """A line for whoever watches; results go to standard output, this does not."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def print_results(session: build.Session) -> None:
+    """The table of the run's results, to standard output."""
+    rows = report.read_jsonl(session.run.path / "results.jsonl")
+    if rows:
+        print(report.results_table(rows), end="")
+
+
+def evaluate_main(args: argparse.Namespace) -> int:
+    """Evaluates a checkpoint on `Eval.tasks`: of `--checkpoint`, or the newest of the run.
+
+    Raises:
+      UserError: no tasks, no checkpoint, or one of another model.
+    """
+    start = time.perf_counter()
+    session = build.build(config.load_args(args))
+    run = session.run
+    if not session.config.eval.tasks:
+        raise UserError("Eval.tasks is empty: name registered tasks, mixtures or globs.")
+    path = args.checkpoint or session.config.run.directory
+    params, number = build.load_params(session, path)
+    tasks = session.eval_tasks()
+    run.create()
+    progress = report.evaluation_progress()
+    rows = session.evaluator().run(params, tasks, number, run.path, progress)
+    seconds = time.perf_counter() - start
+    say(f"Evaluated {len(tasks)} tasks at step {number:,} of {path} in {seconds:.0f} s")
+    print(report.results_table(rows), end="")
+    print(f"Report: {report.write_report(run.path)}")
+    return 0

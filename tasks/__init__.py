@@ -1,0 +1,1 @@
+"""SeqIO tasks that ship with mtl_jax."""

@@ -1,0 +1,245 @@
+"""Schedules, AdamW and Adafactor against closed forms and optax on single layers."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mtl_jax import optim
+from mtl_jax.errors import UserError
+from mtl_jax.optim import OptimizerConfig
+
+T5X = {"schedule": "constant * rsqrt_decay", "warmup_steps": 10_000}
+WARM = {
+    "schedule": "constant * linear_warmup * rsqrt_decay",
+    "learning_rate": 0.5,
+    "warmup_steps": 1000,
+}
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        # From T5X.
+        (T5X, {0: 0.01, 10_000: 0.01, 40_000: 0.005, 1_000_000: 0.001}),
+        (WARM, {1: 1.581e-5, 500: 0.00790569, 1000: 0.01581139, 4000: 0.00790569}),
+        # Closed forms.
+        ({"schedule": "constant", "learning_rate": 0.3}, {0: 0.3, 10**7: 0.3}),
+        (
+            {"schedule": "linear_warmup", "warmup_steps": 4},
+            {0: 1e-8, 1: 0.25, 3: 0.75, 4: 1, 9: 1},
+        ),
+        (
+            {"schedule": "linear_decay", "learning_rate": 2.0, "warmup_steps": 10}
+            | {"decay_factor": 0.05},
+            {0: 1e-8, 5: 1.0, 10: 2.0, 20: 1.0, 30: 1e-8, 99: 1e-8},
+        ),
+        (
+            {"schedule": "rsqrt_normalized_decay", "warmup_steps": 16},
+            {0: 1, 16: 1, 64: 0.5, 1600: 0.1},
+        ),
+        (
+            {"schedule": "decay_every", "decay_factor": 0.5, "steps_per_decay": 10},
+            {0: 1, 9: 1, 10: 0.5, 19: 0.5, 20: 0.25},
+        ),
+        (
+            {"schedule": "cosine_decay", "warmup_steps": 10, "steps_per_cycle": 100},
+            {0: 1, 10: 1, 35: 0.5 + 0.25 * 2**0.5, 60: 0.5, 109: 0.5 - 0.5 * np.cos(np.pi / 100)}
+            | {110: 1},
+        ),
+        (
+            {"schedule": "linear_warmup", "warmup_steps": 4, "step_offset": 100},
+            {50: 1e-8, 100: 1e-8, 102: 0.5},
+        ),
+        (
+            {"schedule": "linear_warmup", "warmup_steps": 4, "min_learning_rate": 0.3},
+            {0: 0.3, 1: 0.3, 2: 0.5},
+        ),
+    ],
+)
+def test_schedules(values, expected):
+    cfg = OptimizerConfig(**values)
+    for step, rate in expected.items():
+        found = optim.learning_rate(cfg, step)
+        assert found.dtype == jnp.float32
+        # The first two digits of 0.5 - 0.5 cos cancel in float32.
+        np.testing.assert_allclose(found, rate, rtol=1e-4, atol=1e-7, err_msg=str(step))
+
+
+def params_and_gradients(count=3):
+    """A tree like a model's: a stack of two layers, an embedding, a norm and a bias table."""
+    random = np.random.RandomState(0)
+    shapes = {
+        "encoder": {
+            "layers": {
+                "mlp": {"wo": {"kernel": (2, 12, 9)}},
+                "norm": {"scale": (2, 9)},
+                "small": {"kernel": (2, 3, 4)},
+            },
+            "relpos_bias": {"rel_embedding": (9, 10)},
+        },
+        "token_embedder": {"embedding": (20, 9)},
+    }
+    is_shape = lambda leaf: isinstance(leaf, tuple)  # noqa: E731
+
+    def draw():
+        return jax.tree.map(
+            lambda s: jnp.asarray(random.randn(*s), jnp.float32), shapes, is_leaf=is_shape
+        )
+
+    return draw(), [draw() for _ in range(count)]
+
+
+def run(optimizer, params, gradients):
+    """Parameters after each of the updates."""
+
+    @jax.jit
+    def update(gradient, state, params):
+        updates, state = optimizer.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state, history = optimizer.init(params), []
+    for gradient in gradients:
+        params, state = update(gradient, state, params)
+        history.append(params)
+    return history
+
+
+def test_adamw_in_numpy():
+    values = {"beta1": 0.9, "beta2": 0.95, "epsilon": 1e-6, "weight_decay": 0.1}
+    cfg = OptimizerConfig(name="adamw", schedule="constant", learning_rate=0.02, **values)
+    start, gradients = params_and_gradients()
+    found = run(optim.make_optimizer(cfg), start, gradients)[-1]
+    for (path, leaf), p, *gs in zip(
+        jax.tree_util.tree_leaves_with_path(found),
+        jax.tree.leaves(start),
+        *map(jax.tree.leaves, gradients),
+        strict=True,
+    ):
+        decay = 0.1 if path[-1].key in ("kernel", "embedding") else 0.0
+        p, m, v = np.asarray(p, np.float64), 0.0, 0.0
+        for t, g in enumerate(gs, start=1):
+            m, v = 0.9 * m + 0.1 * np.asarray(g), 0.95 * v + 0.05 * np.asarray(g) ** 2
+            step = (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.95**t)) + 1e-6)
+            p = p - 0.02 * (step + decay * p)
+        np.testing.assert_allclose(leaf, p, rtol=1e-5, atol=1e-6, err_msg=str(path))
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_adafactor_on_stacked_layers_is_adafactor_on_each(momentum):
+    cfg = OptimizerConfig(
+        schedule="constant", learning_rate=0.05, min_dim_size_to_factor=8, momentum=momentum
+    )
+    start, gradients = params_and_gradients()
+    found = run(optim.make_optimizer(cfg), start, gradients)[-1]
+    single = optax.adafactor(0.05, min_dim_size_to_factor=8, momentum=momentum or None)
+
+    def layer(tree, number):
+        return jax.tree.map(lambda leaf: leaf[number], tree["encoder"]["layers"])
+
+    for number in range(2):
+        alone = run(single, layer(start, number), [layer(g, number) for g in gradients])[-1]
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, rtol=1e-6),
+            layer(found, number),
+            alone,
+        )
+    rest = {"token_embedder": start["token_embedder"], "r": start["encoder"]["relpos_bias"]}
+    alone = run(
+        single,
+        rest,
+        [
+            {"token_embedder": g["token_embedder"], "r": g["encoder"]["relpos_bias"]}
+            for g in gradients
+        ],
+    )[-1]
+    np.testing.assert_allclose(
+        found["token_embedder"]["embedding"], alone["token_embedder"]["embedding"], rtol=1e-6
+    )
+
+
+def test_adafactor_factors_the_big_matrices_of_each_layer():
+    cfg = OptimizerConfig(schedule="constant", min_dim_size_to_factor=8)
+    start, _ = params_and_gradients()
+    state = jax.eval_shape(optim.make_optimizer(cfg).init, start)
+    shapes = {
+        "/".join(str(getattr(e, "key", getattr(e, "name", ""))) for e in path): leaf.shape
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+    }
+
+    def of(moment, name):
+        (shape,) = [s for p, s in shapes.items() if f"/{moment}/" in p and p.endswith(name)]
+        return shape
+
+    assert {of("v_row", "wo/kernel"), of("v_col", "wo/kernel")} == {(2, 12), (2, 9)}
+    assert of("v", "small/kernel") == (2, 3, 4)
+    assert of("v", "norm/scale") == (2, 9)
+    assert {of("v_row", "/embedding"), of("v_col", "/embedding")} == {(20,), (9,)}
+
+
+def test_first_step_of_adafactor_in_closed_form():
+    """Decay 1 - 1^-0.8 = 0: the moment is the square itself, the step the sign of the gradient.
+
+    Its root mean square is 1, so nothing is clipped, and it is scaled by that of the parameter.
+    """
+    cfg = OptimizerConfig(schedule="constant", learning_rate=0.01)
+    start = {"token_embedder": {"embedding": jnp.asarray([[3.0, -4.0], [0.5, 1.0]])}}
+    gradient = jax.tree.map(lambda p: jnp.asarray([[2.0, -1.0], [0.1, 5.0]]), start)
+    (after,) = run(optim.make_optimizer(cfg), start, [gradient])
+    scale = np.sqrt(np.mean(np.array([3.0, -4.0, 0.5, 1.0]) ** 2))
+    expected = np.array([[3.0, -4.0], [0.5, 1.0]]) - 0.01 * scale * np.array([[1, -1], [1, 1]])
+    np.testing.assert_allclose(after["token_embedder"]["embedding"], expected, rtol=1e-5)
+
+
+def test_clipping_scales_the_whole_gradient():
+    values = {"name": "adamw", "schedule": "constant", "learning_rate": 1.0, "epsilon": 1e6}
+    # With a huge epsilon AdamW's first step is the gradient times 1e-6.
+    start, gradients = params_and_gradients(1)
+    norm = np.sqrt(sum(float(np.sum(np.square(g))) for g in jax.tree.leaves(gradients)))
+    moved = {}
+    for clip in (0.0, norm / 4, norm * 4):
+        optimizer = optim.make_optimizer(OptimizerConfig(clip_norm=clip, **values))
+        updates, _ = optimizer.update(gradients[0], optimizer.init(start), start)
+        moved[clip] = updates["token_embedder"]["embedding"]
+    gradient = gradients[0]["token_embedder"]["embedding"]
+    np.testing.assert_allclose(moved[0.0], -1e-6 * gradient, rtol=1e-4)
+    np.testing.assert_allclose(moved[norm * 4], moved[0.0], rtol=1e-6)
+    np.testing.assert_allclose(moved[norm / 4], moved[0.0] / 4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", optim.OPTIMIZERS)
+def test_weight_decay_acts_on_matrices_only(name):
+    start, _ = params_and_gradients(1)
+    zero = [jax.tree.map(jnp.zeros_like, start)]
+    cfg = OptimizerConfig(name=name, schedule="constant", learning_rate=0.5, weight_decay=0.1)
+    (after,) = run(optim.make_optimizer(cfg), start, zero)
+    for (path, leaf), before in zip(
+        jax.tree_util.tree_leaves_with_path(after), jax.tree.leaves(start), strict=True
+    ):
+        if path[-1].key in ("kernel", "embedding"):
+            assert np.all(np.abs(leaf) < np.abs(before)), path
+            ratio = np.asarray(leaf / before)
+            np.testing.assert_allclose(ratio, ratio.flat[0], rtol=1e-5)
+        else:
+            np.testing.assert_array_equal(leaf, before, err_msg=str(path))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"schedule": "constant * linear_warmpu"},
+            "Optimizer.schedule: unknown factor 'linear_warmpu'. Did you mean 'linear_warmup'",
+        ),
+        ({"schedule": ""}, "Optimizer.schedule: unknown factor ''"),
+        ({"name": "adamv"}, "Optimizer.name: unknown optimizer 'adamv'. Did you mean 'adamw'"),
+        ({"warmup_steps": 0}, "Optimizer.warmup_steps must be at least 1"),
+        ({"clip_norm": -1.0}, "Optimizer.clip_norm must not be negative"),
+    ],
+)
+def test_wrong_values_name_the_field(values, message):
+    with pytest.raises(UserError, match=message):
+        OptimizerConfig(**values)

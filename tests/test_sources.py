@@ -1,0 +1,141 @@
+"""JSONL and TSV sources: rows, shards, shuffling, and what is said about bad files."""
+
+import gzip
+import json
+
+import pytest
+import seqio
+
+from mtl_jax.errors import UserError
+from mtl_jax.sources import JsonlDataSource, TsvDataSource
+
+
+def write(path, text):
+    opened = gzip.open if path.suffix == ".gz" else open
+    with opened(path, "wt", encoding="utf-8") as file:
+        file.write(text)
+    return path
+
+
+@pytest.fixture
+def letters(tmp_path):
+    rows = [{"inputs": letter, "number": i} for i, letter in enumerate("abcdefghij")]
+    text = "\n".join(map(json.dumps, rows)) + "\n\n"
+    return JsonlDataSource({"train": write(tmp_path / "a.jsonl.gz", text)})
+
+
+def read(source, **arguments):
+    dataset = source.get_dataset("train", **arguments)
+    return [example["inputs"].decode() for example in dataset.as_numpy_iterator()]
+
+
+def test_rows_and_types(letters):
+    assert letters.num_input_examples("train") == 10
+    assert read(letters, shuffle=False) == list("abcdefghij")
+    example = next(letters.get_dataset("train", shuffle=False).as_numpy_iterator())
+    assert example["number"].dtype.name == "int64"
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3, 4])
+def test_shards_are_every_nth_line_and_shuffling_keeps_them(letters, shards):
+    for index in range(shards):
+        arguments = {"shard_info": seqio.ShardInfo(index, shards)}
+        plain = read(letters, shuffle=False, **arguments)
+        assert plain == list("abcdefghij")[index::shards]
+        shuffled = read(letters, shuffle=True, seed=3, **arguments)
+        assert sorted(shuffled) == plain
+        assert shuffled == read(letters, shuffle=True, seed=3, **arguments)
+
+
+def test_seed_decides_the_order(letters):
+    assert read(letters, shuffle=True, seed=1) != read(letters, shuffle=True, seed=2)
+
+
+def test_python_examples_are_those_of_tensorflow(letters):
+    arguments = {"shuffle": True, "seed": 5, "shard_info": seqio.ShardInfo(1, 2)}
+    python = [row["inputs"] for row in letters.examples("train", **arguments)]
+    assert python == read(letters, **arguments)
+    continued = letters.examples("train", **arguments, start=3)
+    assert [row["inputs"] for row in continued] == python[3:]
+
+
+def test_example_function_makes_and_drops_rows(tmp_path):
+    path = write(tmp_path / "a.jsonl", '{"q": 1}\n{"q": 2}\n{"q": 3}\n')
+    source = JsonlDataSource(
+        {"train": path}, lambda row: {"inputs": f"is {row['q']}"} if row["q"] != 2 else None
+    )
+    assert read(source, shuffle=False) == ["is 1", "is 3"]
+    assert source.num_input_examples("train") == 2
+
+
+def test_lists_and_mixed_numbers(tmp_path):
+    path = write(
+        tmp_path / "a.jsonl", '{"words": ["x", "y"], "score": 1}\n{"words": [], "score": 0.5}\n'
+    )
+    examples = list(JsonlDataSource({"train": path}).get_dataset(shuffle=False).as_numpy_iterator())
+    assert [example["words"].tolist() for example in examples] == [[b"x", b"y"], []]
+    assert [float(example["score"]) for example in examples] == [1.0, 0.5]
+
+
+def test_tsv(tmp_path):
+    path = write(tmp_path / "a.tsv", "inputs\tlabel\nhello\t1\nyou \t2\n")
+    assert TsvDataSource({"train": path}).rows("train") == [
+        {"inputs": "hello", "label": "1"},
+        {"inputs": "you ", "label": "2"},
+    ]
+    named = TsvDataSource({"train": path}, columns=["x", "y"])
+    assert named.rows("train")[0] == {"x": "inputs", "y": "label"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"a": 1}\n{"a": \n', r"bad\.jsonl, line 2: not valid JSON"),
+        ('{"a": 1}\n[1]\n', r"bad\.jsonl, line 2: a JSON object is needed"),
+        ('{"a": 1}\n\n{"b": 1}\n', r"bad\.jsonl, line 3: the fields differ.*a, b"),
+        ('{"a": 1}\n{"a": "x"}\n', r"line 2: field 'a' is str, but int in the first row"),
+        ('{"a": {"b": 1}}\n', r"line 1: field 'a' holds"),
+    ],
+)
+def test_bad_jsonl_names_file_and_line(tmp_path, text, message):
+    source = JsonlDataSource({"train": write(tmp_path / "bad.jsonl", text)})
+    with pytest.raises(UserError, match=message):
+        source.num_input_examples("train")
+
+
+def test_other_bad_files(tmp_path):
+    with pytest.raises(UserError, match=r"bad\.tsv, line 3: 1 columns instead of 2 \(a, b\)"):
+        TsvDataSource({"train": write(tmp_path / "bad.tsv", "a\tb\n1\t2\n3\n")}).rows("train")
+    with pytest.raises(UserError, match=r"bda\.tsv: No such file.*'bad\.tsv'"):
+        TsvDataSource({"train": tmp_path / "bda.tsv"}).rows("train")
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"a": 1}\n' * 99)[:-12])
+    with pytest.raises(UserError, match=r"cut\.jsonl\.gz cannot be read"):
+        JsonlDataSource({"train": tmp_path / "cut.jsonl.gz"}).rows("train")
+    (tmp_path / "latin.jsonl").write_bytes('{"a": "é"}\n'.encode("latin-1"))
+    with pytest.raises(UserError, match=r"latin\.jsonl cannot be read: 'utf-8'"):
+        JsonlDataSource({"train": tmp_path / "latin.jsonl"}).rows("train")
+
+
+def test_a_failing_example_function_names_file_and_line(tmp_path):
+    path = write(tmp_path / "a.jsonl", '{"label": "1"}\n{"label": "one"}\n')
+    source = JsonlDataSource({"train": path}, lambda row: {"inputs": int(row["label"])})
+    with pytest.raises(
+        UserError, match=r"a\.jsonl, line 2: .*ValueError: invalid literal"
+    ) as caught:
+        source.rows("train")
+    assert isinstance(caught.value.__cause__, ValueError)
+
+    def refuse(row):
+        raise UserError("no such label")
+
+    with pytest.raises(UserError, match=r"a\.jsonl, line 1: no such label$"):
+        JsonlDataSource({"train": path}, refuse).rows("train")
+
+
+def test_missing_field_and_split(tmp_path):
+    path = write(tmp_path / "a.jsonl", '{"question": "x"}\n')
+    source = JsonlDataSource({"train": path}, lambda row: {"inputs": row["questoin"]})
+    with pytest.raises(UserError, match=r"line 1: there is no field 'questoin'.*'question'"):
+        source.rows("train")
+    with pytest.raises(UserError, match=r"no split 'trian'.*Did you mean 'train'"):
+        source.rows("trian")
