@@ -1,81 +1,34 @@
 """T5 attention: no 1/sqrt(d), an additive bias by relative position, and packed segments.
 
+`attend` has one meaning and three implementations: the reference below, and in `kernels/` plain XLA
+loops and hand-written kernels that keep no array of queries x keys.
+
 Letters in names: B batch, T query positions, S key positions, H heads, K head dimension.
 """
 
+import contextlib
+import contextvars
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
+
+from mtl_jax.errors import UserError
+from mtl_jax.kernels.bias import relative_bias, relative_position_bucket
+from mtl_jax.kernels.flash import Call, flash_attention
+from mtl_jax.model_config import ATTENTION
 
 MASKED = -1e10  # as in T5X: far below any logit, yet finite in float32
 
-
-def relative_position_bucket(
-    distance: np.ndarray | jax.Array, *, bidirectional: bool, num_buckets: int, max_distance: int
-) -> jax.Array:
-    """Bucket of a relative position, T5 (Raffel et al. 2020, section 2.1; same numbers as T5X).
-
-    Args:
-      distance: int32, any shape: key position minus query position.
-      bidirectional: encoder (half of the buckets for each sign) or decoder (keys ahead: bucket 0).
-      num_buckets: buckets in all.
-      max_distance: distances from here on share the last bucket.
-
-    Returns:
-      int32 of the shape of `distance`, values in [0, num_buckets).
-    """
-    behind = -jnp.asarray(distance, jnp.int32)
-    bucket = jnp.zeros_like(behind)
-    if bidirectional:
-        num_buckets //= 2
-        bucket = jnp.where(behind < 0, num_buckets, 0)
-        behind = jnp.abs(behind)
-    else:
-        behind = jnp.maximum(behind, 0)
-    exact = num_buckets // 2
-    log_ratio = jnp.log(jnp.maximum(behind, 1).astype(jnp.float32) / exact) / np.log(
-        max_distance / exact
-    )
-    # The small constant keeps exact powers on their side of the boundary, as in T5X.
-    far = exact + ((log_ratio + np.finfo(np.float32).eps) * (num_buckets - exact)).astype(jnp.int32)
-    return bucket + jnp.where(behind < exact, behind, jnp.minimum(far, num_buckets - 1))
-
-
-def relative_bias(
-    table: jax.Array, queries: int, keys: int, *, bidirectional: bool, max_distance: int
-) -> jax.Array:
-    """The bias of all (query, key) pairs from the table.
-
-    The bias depends on `key - query` alone, so one row of `queries + keys` values is looked up and
-    laid out as a Toeplitz matrix by a reshape: the gradient is then a plain sum, where a gather of
-    all pairs would need a slow scatter.
-
-    Args:
-      table: [buckets, heads].
-      queries: T.
-      keys: S.
-      bidirectional: as in `relative_position_bucket`.
-      max_distance: as in `relative_position_bucket`.
-
-    Returns:
-      [heads, T, S] in the dtype of the table.
-    """
-    period = queries + keys
-    offset = np.arange(period)
-    distance = np.where(offset < keys, offset, offset - period)
-    bucket = relative_position_bucket(
-        distance,
-        bidirectional=bidirectional,
-        num_buckets=table.shape[0],
-        max_distance=max_distance,
-    )
-    row = jnp.take(
-        table, bucket, axis=0
-    ).T  # [heads, period]; entry n is the bias of distance n modulo the period
-    heads = table.shape[1]
-    tiled = jnp.broadcast_to(row[:, None, :], (heads, queries, period)).reshape(heads, -1)
-    toeplitz = tiled[:, : queries * (period - 1)].reshape(heads, queries, period - 1)
-    return toeplitz[:, :, :keys]
+# Up to so many pairs of a row and head, one product of everything is the fastest on a CPU
+# (benchmarks/attention.py).
+NAIVE_PAIRS = 256 * 256
 
 
 def attend(
@@ -91,8 +44,9 @@ def attend(
     max_distance: int = 128,
     dropout_rate: float = 0.0,
     dropout_rng: jax.Array | None = None,
+    impl: str = "auto",
 ) -> jax.Array:
-    """Attention of T5 over packed rows; the reference implementation.
+    """Attention of T5 over packed rows.
 
     A query sees the keys of its own segment; segment 0 is padding, which sees and shows nothing.
     Queries without any key give zeros. Softmax statistics are float32 in every dtype.
@@ -107,12 +61,122 @@ def attend(
       causal: hide keys after the query.
       bidirectional: how the bias table is laid out (encoder True, decoder False).
       max_distance: of the bias.
-      dropout_rate: probability to drop an attention weight, the same for all queries of a head.
+      dropout_rate: probability to drop a key of a head for all queries of a row, as in T5X. What is
+        dropped is a function of `dropout_rng` and the indices alone, the same in every
+        implementation and on every mesh.
       dropout_rng: required when `dropout_rate` is to apply; None turns dropout off.
+      impl: a name of `model_config.ATTENTION`.
 
     Returns:
       [B, T, H, K] in the dtype of `v_BSHK`.
+
+    Raises:
+      UserError: an unknown `impl`, or "pallas" compiled for a device without a kernel.
     """
+    if dropout_rng is not None and dropout_rate > 0.0:
+        v_BSHK = _drop_keys(v_BSHK, dropout_rate, dropout_rng)
+    arrays = (q_BTHK, k_BSHK, v_BSHK, bias_table, q_segments_BT, kv_segments_BS)
+    static: Any = {"causal": causal, "bidirectional": bidirectional, "max_distance": max_distance}
+    kind = chosen(impl, q_BTHK.shape[1], k_BSHK.shape[1])
+    if kind == "naive":
+        return _naive(*arrays, **static)
+    return _flash(Call(impl=kind, **static), *arrays)
+
+
+_PLATFORM: contextvars.ContextVar[str] = contextvars.ContextVar("attention_platform", default="")
+
+
+@contextlib.contextmanager
+def platform(name: str) -> Iterator[None]:
+    """What is traced inside is for this platform, such as "tpu", whatever JAX's default device is.
+
+    `jax.lax.platform_dependent` would need no such help, but it traces every implementation: that
+    is seconds for a train step.
+    """
+    token = _PLATFORM.set(name)
+    try:
+        yield
+    finally:
+        _PLATFORM.reset(token)
+
+
+def chosen(impl: str, queries: int, keys: int) -> str:
+    """What `attend` runs: "naive", or an implementation of `kernels.flash`.
+
+    Args:
+      impl: a name of `model_config.ATTENTION`.
+      queries: T.
+      keys: S.
+
+    Raises:
+      UserError: an unknown name, or "pallas" for a platform without a kernel.
+    """
+    target = _PLATFORM.get() or jax.default_backend()
+    kernel = {"tpu": "pallas_tpu", "gpu": "pallas_gpu", "cuda": "pallas_gpu"}.get(target)
+    if impl not in ATTENTION:
+        raise UserError(f"T5.attention must be one of {', '.join(ATTENTION)}, got {impl!r}.")
+    if impl == "pallas" and kernel is None:
+        raise UserError(
+            f'T5.attention = "pallas" has no kernel for "{target}"; use "auto" or "xla".'
+        )
+    if impl == "auto" and kernel is None:
+        return "naive" if queries * keys <= NAIVE_PAIRS else "xla"
+    return impl if impl in ("naive", "xla") else kernel or "xla"
+
+
+def _drop_keys(v_BSHK: jax.Array, rate: float, rng: jax.Array) -> jax.Array:
+    # Dropping a weight for all queries alike is dropping the value that it multiplies, which any
+    # implementation can do without knowing of it.
+    batch, keys, heads, _ = v_BSHK.shape
+    keep_BHS = jax.random.bernoulli(rng, 1.0 - rate, (batch, heads, keys))
+    scale_BHS = keep_BHS.astype(v_BSHK.dtype) / (1.0 - rate)
+    return v_BSHK * scale_BHS.swapaxes(1, 2)[..., None]
+
+
+def _flash(call: Call, *arrays: jax.Array | None) -> jax.Array:
+    """`flash_attention` on every device's share of the batch and the heads.
+
+    XLA cannot partition a kernel by itself, and would run the loops of `xla` on whole arrays.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    run = functools.partial(flash_attention, call)
+    if mesh.empty or mesh.size == 1 or not nn.get_logical_axis_rules():
+        return run(*arrays)
+
+    def place(x: jax.Array | None, *names: str) -> PartitionSpec:
+        if x is None:
+            return PartitionSpec()
+        axes = nn.logical_to_mesh_axes(names)
+        shards = [math.prod(mesh.shape[a] for a in _names(axis)) for axis in axes]
+        # What does not divide is computed whole by every device.
+        fits = zip(axes, x.shape, shards, strict=True)
+        return PartitionSpec(*(axis if size % count == 0 else None for axis, size, count in fits))
+
+    q = place(arrays[0], "batch", "length", "heads", "kv")
+    segments = place(arrays[4], "batch", "length")
+    table = place(arrays[3], "relpos_buckets", "heads")
+    # The table is whole on every share of the batch, so its gradient is summed over them.
+    return jax.shard_map(
+        run, in_specs=(q, q, q, table, segments, segments), out_specs=q, check_vma=False
+    )(*arrays)
+
+
+def _names(axis: Any) -> tuple[str, ...]:
+    return () if axis is None else axis if isinstance(axis, tuple) else (axis,)
+
+
+def _naive(
+    q_BTHK: jax.Array,
+    k_BSHK: jax.Array,
+    v_BSHK: jax.Array,
+    bias_table: jax.Array | None,
+    q_segments_BT: jax.Array,
+    kv_segments_BS: jax.Array,
+    *,
+    causal: bool,
+    bidirectional: bool,
+    max_distance: int,
+) -> jax.Array:
     queries, keys = q_BTHK.shape[1], k_BSHK.shape[1]
     logits = jnp.einsum("BTHK,BSHK->BHTS", q_BTHK, k_BSHK, preferred_element_type=jnp.float32)
     if bias_table is not None:
@@ -125,7 +189,7 @@ def attend(
     )
     if causal:
         seen_BTS &= (np.arange(queries)[:, None] >= np.arange(keys)[None, :])[None]
-    return _weighted_values(logits, seen_BTS, v_BSHK, dropout_rate, dropout_rng)
+    return _weighted_values(logits, seen_BTS, v_BSHK)
 
 
 def attend_cached(
@@ -167,21 +231,11 @@ def attend_cached(
             )
             bias_HS = jnp.take(bias_table, bucket, axis=0).T.astype(jnp.float32)
             logits = logits + bias_HS[None, :, None, :]
-    return _weighted_values(logits, seen_BTS, v_BSHK, 0.0, None)
+    return _weighted_values(logits, seen_BTS, v_BSHK)
 
 
-def _weighted_values(
-    logits_BHTS: jax.Array,
-    seen_BTS: jax.Array,
-    v_BSHK: jax.Array,
-    dropout_rate: float,
-    dropout_rng: jax.Array | None,
-) -> jax.Array:
+def _weighted_values(logits_BHTS: jax.Array, seen_BTS: jax.Array, v_BSHK: jax.Array) -> jax.Array:
     seen = seen_BTS[:, None]
     weights = jax.nn.softmax(jnp.where(seen, logits_BHTS, MASKED), axis=-1)
     weights = jnp.where(seen, weights, 0.0)
-    if dropout_rng is not None and dropout_rate > 0.0:
-        batch, heads, _, keys = weights.shape
-        keep = jax.random.bernoulli(dropout_rng, 1.0 - dropout_rate, (batch, heads, 1, keys))
-        weights = weights * (keep.astype(weights.dtype) / (1.0 - dropout_rate))
     return jnp.einsum("BHTS,BSHK->BTHK", weights.astype(v_BSHK.dtype), v_BSHK)

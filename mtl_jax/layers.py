@@ -134,6 +134,7 @@ class Attention(nn.Module):
                 max_distance=cfg.relpos_max_distance,
                 dropout_rate=cfg.dropout_rate,
                 dropout_rng=self.make_rng("dropout") if use_dropout else None,
+                impl=cfg.attention,
             )
         else:
             if kv_BSD is not None and position is not None:

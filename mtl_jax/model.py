@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtl_jax.layers import Cache, DecoderLayer, Dense, EncoderLayer, LayerNorm, dropout, stack
+from mtl_jax.layers import Cache, DecoderLayer, EncoderLayer, LayerNorm, dropout, fan_in, stack
 from mtl_jax.model_config import T5Config
 
 Params = dict[str, Any]
@@ -29,6 +29,7 @@ __all__ = [
     "encode",
     "init",
     "logits",
+    "output_params",
     "param_axes",
     "start_cache",
 ]
@@ -65,6 +66,45 @@ class Embedding(nn.Module):
         )
 
 
+class OutputKernel(nn.Module):
+    """The output matrix [embed, vocab] of T5 1.1."""
+
+    cfg: T5Config
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        return self.param(
+            "kernel",
+            nn.with_logical_partitioning(fan_in, ("embed", "vocab")),
+            (self.cfg.emb_dim, self.cfg.vocab_size),
+            jnp.float32,
+        )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _rounded_product(x_RD: jax.Array, kernel_DV: jax.Array, dtype: str) -> jax.Array:
+    """The product of operands rounded to `dtype`, summed up in float32, forward and backward.
+
+    Derived by JAX, the backward products would take a float32 operand each, which runs them at
+    the rate of float32, and round their sums to `dtype`.
+    """
+    return jnp.dot(x_RD.astype(dtype), kernel_DV.astype(dtype), preferred_element_type=jnp.float32)
+
+
+def _rounded_forward(x_RD: jax.Array, kernel_DV: jax.Array, dtype: str) -> Any:
+    x_RD, kernel_DV = x_RD.astype(dtype), kernel_DV.astype(dtype)
+    return _rounded_product(x_RD, kernel_DV, dtype), (x_RD, kernel_DV)
+
+
+def _rounded_backward(dtype: str, operands: Any, gradient_RV: jax.Array) -> Any:
+    (x_RD, kernel_DV), gradient_RV = operands, gradient_RV.astype(dtype)
+    product = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
+    return product(gradient_RV, kernel_DV.T), product(x_RD.T, gradient_RV)
+
+
+_rounded_product.defvjp(_rounded_forward, _rounded_backward)
+
+
 class Encoder(nn.Module):
     """Embedded tokens to the final norm."""
 
@@ -99,8 +139,7 @@ class Decoder(nn.Module):
         self.decoder_norm = LayerNorm(cfg.dtype)
         self.dropout = dropout(cfg, self.deterministic)
         if not cfg.logits_via_embedding:
-            # Always float32: its rounding goes straight into the loss.
-            self.logits_dense = Dense(cfg.vocab_size, ("embed", "vocab"), "float32")
+            self.logits_dense = OutputKernel(cfg)
 
     def __call__(
         self,
@@ -117,13 +156,21 @@ class Decoder(nn.Module):
         )
         return self.dropout(self.decoder_norm(x_BTD)), cache
 
-    def logits(self, hidden_BTD: jax.Array, embedding_VD: jax.Array) -> jax.Array:
+    def logits(self, hidden_BTD: jax.Array, embedding_VD: jax.Array | None) -> jax.Array:
+        """`embedding_VD` is for tied models."""
+        # float32 whatever the rest computes in: its rounding goes straight into the loss.
         hidden_BTD = hidden_BTD.astype(jnp.float32)
-        if self.cfg.logits_via_embedding:
-            scale = np.sqrt(self.cfg.emb_dim).astype(np.float32)
-            out_BTV = jnp.dot(hidden_BTD / scale, embedding_VD.T)
+        if embedding_VD is not None:
+            kernel_DV = embedding_VD.T
+            hidden_BTD = hidden_BTD / np.sqrt(self.cfg.emb_dim).astype(np.float32)
         else:
-            out_BTV = self.logits_dense(hidden_BTD)
+            kernel_DV = self.logits_dense()
+        rows_RD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])  # as in `layers.Dense`
+        if self.cfg.logits_dtype == "float32":
+            out_RV = jnp.dot(rows_RD, kernel_DV)
+        else:
+            out_RV = _rounded_product(rows_RD, kernel_DV, self.cfg.logits_dtype)
+        out_BTV = out_RV.reshape(*hidden_BTD.shape[:-1], -1)
         return nn.with_logical_constraint(out_BTV, ("batch", "length", "vocab"))
 
 
@@ -149,7 +196,8 @@ class T5(nn.Module):
         return self.decoder(self.embed(tokens_BT), *args)
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
-        return self.decoder.logits(hidden_BTD, self.token_embedder())
+        tied = self.cfg.logits_via_embedding
+        return self.decoder.logits(hidden_BTD, self.token_embedder() if tied else None)
 
     def everything(self, tokens_BL: jax.Array) -> jax.Array:
         """Touches every parameter; for initialisation."""
@@ -261,8 +309,18 @@ def decode(
 
 
 def logits(cfg: T5Config, params: Params, hidden_BTD: jax.Array) -> jax.Array:
-    """Output logits_BTV, float32, of the decoder's hidden states."""
+    """Output logits_BTV, float32, of the decoder's hidden states.
+
+    Operands of the product are `cfg.logits_dtype`. Of `params`, `output_params` is enough.
+    """
     return _apply(cfg, params, "logits", hidden_BTD)
+
+
+def output_params(cfg: T5Config, params: Params) -> Params:
+    """The part of the tree that `logits` reads: the output kernel, or the embedding if tied."""
+    if cfg.logits_via_embedding:
+        return {"token_embedder": params["token_embedder"]}
+    return {"decoder": {"logits_dense": params["decoder"]["logits_dense"]}}
 
 
 def start_cache(

@@ -14,10 +14,24 @@ ACTIVATIONS = {
     "silu": nn.silu,
     "linear": lambda x: x,
 }
+_policies = jax.checkpoint_policies
 REMAT = {
     "none": None,
-    "minimal": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+    # The attention kernel is no matrix product to JAX, so what it leaves is kept by name.
+    "minimal": _policies.save_from_both_policies(
+        _policies.checkpoint_dots_with_no_batch_dims,
+        _policies.save_only_these_names("attention_out", "attention_lse"),
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+# What `T5Config.attention` may be.
+ATTENTION = {
+    "auto": "the kernel on TPU and NVIDIA GPU; elsewhere xla, or naive for short rows",
+    "naive": "the reference: all logits at once",
+    "xla": "blocks in plain XLA loops, linear memory, any device",
+    "pallas": "the hand-written kernel, TPU and NVIDIA GPU",
 }
 
 
@@ -37,9 +51,12 @@ class T5Config:
       logits_via_embedding: tie the output to the embedding, rescaled by 1/sqrt(D) (T5 1.0).
       dropout_rate: on embeddings, residual branches, MLP and attention weights, in training.
       dtype: of the computation, "float32" or "bfloat16"; parameters are always float32.
+      logits_dtype: "float32" or "bfloat16", of what enters the output product, the largest of the
+        model; logits are summed up and returned in float32 either way.
       relpos_buckets: buckets of the relative position bias.
       relpos_max_distance: distances from here on share the last bucket.
       scan_layers: compile one layer and loop (fast to compile) or unroll (faster to run on CPU).
+      attention: implementation, a name of `ATTENTION`; all compute the same function.
       remat: what to recompute in the backward pass: "none", "minimal" (keeps matrix products)
         or "full" (keeps only the input of each layer).
     """
@@ -55,9 +72,11 @@ class T5Config:
     logits_via_embedding: bool = False
     dropout_rate: float = 0.0
     dtype: str = "float32"
+    logits_dtype: str = "float32"
     relpos_buckets: int = 32
     relpos_max_distance: int = 128
     scan_layers: bool = True
+    attention: str = "auto"
     remat: str = "none"
 
     def __post_init__(self) -> None:
@@ -88,9 +107,15 @@ class T5Config:
                 "T5.relpos_max_distance must be larger than half of T5.relpos_buckets "
                 f"({self.relpos_buckets // 2}), got {self.relpos_max_distance}."
             )
+        if self.attention not in ATTENTION:
+            raise UserError(
+                f"T5.attention: unknown implementation {self.attention!r}."
+                f"{suggest(self.attention, ATTENTION)} Known: {', '.join(ATTENTION)}."
+            )
         if self.remat not in REMAT:
             raise UserError(f"T5.remat must be one of {', '.join(REMAT)}, got {self.remat!r}.")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise UserError(f"T5.dtype must be 'float32' or 'bfloat16', got {self.dtype!r}.")
+        for name in ("dtype", "logits_dtype"):
+            if (value := getattr(self, name)) not in ("float32", "bfloat16"):
+                raise UserError(f"T5.{name} must be 'float32' or 'bfloat16', got {value!r}.")
         if not 0.0 <= self.dropout_rate < 1.0:
             raise UserError(f"T5.dropout_rate must be in [0, 1), got {self.dropout_rate}.")

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from mtl_jax import attention
 from mtl_jax.errors import UserError
 from mtl_jax.model_config import T5Config
 
@@ -199,6 +200,7 @@ def put_batch(mesh: Mesh, arrays: Mapping[str, np.ndarray]) -> dict[str, jax.Arr
 
 @contextlib.contextmanager
 def on_mesh(mesh: Mesh) -> Iterator[None]:
-    """Traces inside give activations their place by the rule table."""
-    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+    """Traces inside are for this mesh: activations get their place by the rule table."""
+    platform = attention.platform(mesh.devices.flat[0].platform)
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES), platform:
         yield

@@ -10,11 +10,11 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from mtl_jax import model, optim
+from mtl_jax import loss, model, optim
 from mtl_jax.errors import UserError
+from mtl_jax.loss import cross_entropy as cross_entropy  # it was defined here
 from mtl_jax.model_config import T5Config
 
 Batch = dict[str, jax.Array]
@@ -30,11 +30,14 @@ class StepConfig:
         of the whole batch.
       z_loss: weight of the squared log-partition, which keeps logits from drifting (T5X: 1e-4).
       label_smoothing: probability mass taken from the target and spread over the vocabulary.
+      loss_chunk: tokens whose logits exist at a time, which saves memory; 0 for all at once. At
+        least one token of every row of a microbatch is taken.
     """
 
     microbatches: int = 1
     z_loss: float = 0.0
     label_smoothing: float = 0.0
+    loss_chunk: int = 0
 
     def __post_init__(self) -> None:
         if self.microbatches < 1:
@@ -43,6 +46,10 @@ class StepConfig:
             raise UserError(f"Step.label_smoothing must be in [0, 1), got {self.label_smoothing}.")
         if self.z_loss < 0.0:
             raise UserError(f"Step.z_loss must not be negative, got {self.z_loss}.")
+        if self.loss_chunk < 0:
+            raise UserError(
+                f"Step.loss_chunk must not be negative, got {self.loss_chunk}; 0 turns it off."
+            )
 
 
 @flax.struct.dataclass
@@ -68,46 +75,17 @@ def init_state(
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
-def cross_entropy(
-    logits_BTV: jax.Array, targets_BT: jax.Array, *, z_loss: float, label_smoothing: float
-) -> tuple[jax.Array, jax.Array]:
-    """Cross-entropy of each token, with T5X's label smoothing and z-loss.
-
-    Args:
-      logits_BTV: float32.
-      targets_BT: int32.
-      z_loss: weight of the squared log-partition.
-      label_smoothing: s: the target keeps 1 - s, the others share s; the entropy of that
-        distribution is subtracted, so that a perfect model has loss 0.
-
-    Returns:
-      (loss_BT including z-loss, the z-loss part), float32.
-    """
-    vocab = logits_BTV.shape[-1]
-    confidence, low = 1.0 - label_smoothing, label_smoothing / (vocab - 1)
-    log_partition_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
-    target_logit_BT = _target_logit(logits_BTV, targets_BT)
-    loss_BT = log_partition_BT - (confidence - low) * target_logit_BT
-    if label_smoothing:
-        loss_BT = loss_BT - low * jnp.sum(logits_BTV, axis=-1)
-        entropy = -(
-            confidence * np.log(confidence) + (vocab - 1) * low * np.log(low + 1e-20)
-        ).astype(np.float32)
-        loss_BT = loss_BT - entropy
-    z_BT = z_loss * jnp.square(log_partition_BT)
-    return loss_BT + z_BT, z_BT
-
-
-def _target_logit(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
-    # A comparison instead of a gather: its gradient is a select, not a scatter over the vocabulary.
-    vocabulary = jnp.arange(logits_BTV.shape[-1], dtype=targets_BT.dtype)[None, None]
-    return jnp.sum(jnp.where(vocabulary == targets_BT[..., None], logits_BTV, 0.0), axis=-1)
-
-
 def forward(
     cfg: T5Config, params: model.Params, batch: Batch, dropout_rng: jax.Array | None = None
 ) -> jax.Array:
     """Logits_BTV of a batch in the layout of the data stream (teacher forcing)."""
+    return model.logits(cfg, params, hidden_states(cfg, params, batch, dropout_rng))
+
+
+def hidden_states(
+    cfg: T5Config, params: model.Params, batch: Batch, dropout_rng: jax.Array | None = None
+) -> jax.Array:
+    """Hidden_BTD of the decoder, before the output layer."""
     encoded_BLD = model.encode(
         cfg,
         params,
@@ -115,7 +93,7 @@ def forward(
         batch["encoder_segment_ids"],
         dropout_rng=None if dropout_rng is None else jax.random.fold_in(dropout_rng, 0),
     )
-    hidden_BTD = model.decode(
+    return model.decode(
         cfg,
         params,
         encoded_BLD,
@@ -125,7 +103,6 @@ def forward(
         encoder_segments_BL=batch["encoder_segment_ids"],
         dropout_rng=None if dropout_rng is None else jax.random.fold_in(dropout_rng, 1),
     )
-    return model.logits(cfg, params, hidden_BTD)
 
 
 def loss_sum(
@@ -149,25 +126,27 @@ def loss_sum(
     Returns:
       (scalar, {"z_loss_sum": [], "task_loss_sum", "task_tokens", "task_correct": [N]}).
     """
-    logits_BTV = forward(cfg, params, batch, dropout_rng)
-    targets_BT, weights_BT = batch["decoder_target_tokens"], batch["decoder_loss_weights"]
-    loss_BT, z_BT = cross_entropy(
-        logits_BTV, targets_BT, z_loss=step_cfg.z_loss, label_smoothing=step_cfg.label_smoothing
+    weights_BT = batch["decoder_loss_weights"]
+    total, tokens = loss.weighted_loss(
+        cfg,
+        params,
+        hidden_states(cfg, params, batch, dropout_rng),
+        batch["decoder_target_tokens"],
+        weights_BT,
+        z_loss=step_cfg.z_loss,
+        label_smoothing=step_cfg.label_smoothing,
+        chunk=step_cfg.loss_chunk,
     )
-    # No argmax: on a CPU it takes four times as long as the maximum. A tie counts as correct.
-    best_BT = jnp.max(logits_BTV, axis=-1)
-    correct_BT = (_target_logit(logits_BTV, targets_BT) >= best_BT).astype(jnp.float32)
     per_task = functools.partial(
         jax.ops.segment_sum,
         segment_ids=batch["decoder_task_ids"].reshape(-1),
         num_segments=num_tasks + 1,
     )
-    weighted_BT = loss_BT * weights_BT
-    return jnp.sum(weighted_BT), {
-        "z_loss_sum": jnp.sum(z_BT * weights_BT),
-        "task_loss_sum": per_task(weighted_BT.reshape(-1)),
+    return total, {
+        "z_loss_sum": jnp.sum(tokens.z_loss * weights_BT),
+        "task_loss_sum": per_task((tokens.loss * weights_BT).reshape(-1)),
         "task_tokens": per_task(weights_BT.reshape(-1)),
-        "task_correct": per_task((correct_BT * weights_BT).reshape(-1)),
+        "task_correct": per_task((tokens.correct * weights_BT).reshape(-1)),
     }
 
 
