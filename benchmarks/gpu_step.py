@@ -53,6 +53,7 @@ DEFAULT = {
 }
 LEAST_SECONDS = 20  # no variant is started with less time left
 MARGIN_SECONDS = 5  # to end a process and write
+STOPPED = "stopped"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "triton", "transformers")
 
 
@@ -118,6 +119,8 @@ def run(job: dict, platform: str, seconds: float) -> dict:
             ended = f"exit status {process.wait(timeout=seconds)}"
         except subprocess.TimeoutExpired:
             ended = "time limit"
+        except KeyboardInterrupt:
+            ended = STOPPED
         finally:
             end_group(process)
         findings = read_lines(out)
@@ -277,7 +280,7 @@ def by_framework(names: list[str]) -> dict[str, list[str]]:
 def main() -> None:
     args = parsed()
     deadline = time.monotonic() + args.minutes * 60 - MARGIN_SECONDS
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # ends the child on the way
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like control-C: ends in order
     result = describe() | {"device": "", "lengths": args.lengths, "runs": [], "ratios": []}
     print(result["machine"], result["versions"], result["environment"])
     write(args.out, result)
@@ -292,6 +295,8 @@ def main() -> None:
             result["device"] = result["runs"][-1].get("device", result["device"])
         result["ratios"] = ratios(result["runs"])
         write(args.out, result)
+        if result["runs"][-1]["ended"] == STOPPED:
+            break
     print(f"\n{result['device']}, {result['machine']}")
     print_tables(result)
     print(f"\nwritten to {args.out.name}")

@@ -5,6 +5,7 @@ K head dimension, E = H*K joined heads, F mlp, V vocabulary, N layers.
 """
 
 import functools
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -67,6 +68,28 @@ class LayerNorm(nn.Module):
         return (x * scale.reshape((1,) * (x.ndim - 1) + scale.shape)).astype(self.dtype)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _activated(names: tuple[str, ...], branches: tuple[jax.Array, ...]) -> jax.Array:
+    """The product of the activated branches, each [..., F].
+
+    Its gradient keeps the branches alone, which the products before it keep anyway, and computes
+    the activations again: they are the widest arrays of a layer, and a GPU spends more time on
+    moving one than on making it.
+    """
+    return math.prod(ACTIVATIONS[n](x) for n, x in zip(names, branches, strict=True))
+
+
+def _activated_forward(names: tuple[str, ...], branches: tuple[jax.Array, ...]) -> Any:
+    return _activated(names, branches), branches
+
+
+def _activated_backward(names: tuple[str, ...], branches: Any, gradient: jax.Array) -> Any:
+    return jax.vjp(functools.partial(_activated.fun, names), branches)[1](gradient)
+
+
+_activated.defvjp(_activated_forward, _activated_backward)
+
+
 class Mlp(nn.Module):
     """Feed-forward block: wi (or gated wi_0 * wi_1), dropout, wo."""
 
@@ -78,11 +101,13 @@ class Mlp(nn.Module):
         """[B, L, D] -> [B, L, D]."""
         cfg = self.cfg
         gated = len(cfg.mlp_activations) > 1
-        h_BLF = None
-        for i, name in enumerate(cfg.mlp_activations):
-            wi = Dense(cfg.mlp_dim, ("embed", "mlp"), cfg.dtype, name=f"wi_{i}" if gated else "wi")
-            branch = ACTIVATIONS[name](wi(x_BLD))
-            h_BLF = branch if h_BLF is None else h_BLF * branch
+        branches = tuple(
+            Dense(cfg.mlp_dim, ("embed", "mlp"), cfg.dtype, name=f"wi_{i}" if gated else "wi")(
+                x_BLD
+            )
+            for i in range(len(cfg.mlp_activations))
+        )
+        h_BLF = _activated(cfg.mlp_activations, branches)
         h_BLF = dropout(cfg, self.deterministic)(h_BLF)
         h_BLF = nn.with_logical_constraint(h_BLF, ("batch", "length", "mlp"))
         return Dense(cfg.emb_dim, ("mlp", "embed"), cfg.dtype, name="wo")(h_BLF)

@@ -271,7 +271,7 @@ def compiled(
     with contextlib.ExitStack() as stack:
         stack.enter_context(attention.platform(device.platform))
         if jax.sharding.get_abstract_mesh().empty:
-            # Kernels are lowered for the devices of the mesh; without one, for JAX's default device.
+            # Without a mesh, kernels would be lowered for the default device of JAX.
             mesh = Mesh(np.array([device]), ("device",))
             stack.enter_context(jax.sharding.use_abstract_mesh(mesh.abstract_mesh))
         options: dict[str, Any] = {}
@@ -281,6 +281,7 @@ def compiled(
             options["xla_gpu_cuda_data_dir"] = str(_cuda_folder())
         if gpu and kernels:
             options["xla_dump_to"] = stack.enter_context(tempfile.TemporaryDirectory())
+            options["xla_dump_emitter_re"] = "ptx"  # newer versions leave it out otherwise
         # Any: JAX says that a backend may have no such reports; these have them.
         executable: Any = lower(*arguments).compile(compiler_options=options)
         ptx = sorted(Path(options["xla_dump_to"]).glob("*.ptx")) if gpu and kernels else []

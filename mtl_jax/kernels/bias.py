@@ -151,12 +151,13 @@ def table_gradient(
       num_buckets: rows of the table.
 
     Returns:
-      float32 [num_buckets, heads]. A product with a one-hot matrix, not a scatter: on a GPU that
-      would add in an order that changes from run to run.
+      float32 [num_buckets, heads]. Sums over a one-hot matrix, not a scatter: on a GPU that would
+      add in an order that changes from run to run.
     """
     near_bucket, far_bucket = _buckets_of(near, num_buckets)
     sums = diagonal_sums(tiles_HtTS).reshape(tiles_HtTS.shape[0], -1)
     sums = jnp.concatenate([sums, far_HP], axis=1)
     buckets = jnp.concatenate([near_bucket.reshape(-1), far_bucket])
     one_hot = jax.nn.one_hot(buckets, num_buckets, dtype=jnp.float32)
-    return jnp.einsum("hx,xn->nh", sums, one_hot, precision=jax.lax.Precision.HIGHEST)
+    # A few thousand products: the workspace of a matrix product would be larger than all else.
+    return jnp.sum(sums[:, :, None] * one_hot[None], axis=1).T

@@ -35,9 +35,7 @@ class _Layout:
         self.k, self.v = blocks.pad_to(k, 1, length_k), blocks.pad_to(v, 1, length_k)
         self.q_seg = blocks.pad_to(q_seg, 1, length_q)
         self.kv_seg = blocks.pad_to(kv_seg, 1, length_k)
-        self.near = blocks.Near(
-            self.t, self.s, call.causal, call.bidirectional, call.max_distance
-        )
+        self.near = blocks.Near(self.t, self.s, call.causal, call.bidirectional, call.max_distance)
         self.biased = table is not None
         self.tiles, self.far = bias.tiles(table, self.near, self.heads)
         self.meet = blocks.meeting(self.q_seg, self.kv_seg, self.t, self.s, call.causal)
@@ -170,7 +168,5 @@ def backward(
     numbers = jnp.arange(lay.rows * count_j, dtype=jnp.int32)
     (dq, tiles, far), (dk, dv) = jax.lax.scan(key_block, initial, numbers)
     dk, dv = (x.reshape(lay.rows, -1, lay.heads, lay.dim)[:, : k.shape[1]] for x in (dk, dv))
-    dtable = (
-        bias.table_gradient(tiles, far, lay.near, table.shape[0]) if lay.biased else None
-    )
+    dtable = bias.table_gradient(tiles, far, lay.near, table.shape[0]) if lay.biased else None
     return dq[:, : lay.queries], dk, dv, dtable

@@ -41,9 +41,11 @@ TUNINGS = {
     "forward": Tuning(64, 64, 4, 2),
     "queries": Tuning(64, 64, 4, 2),
     "keys": Tuning(64, 64, 4, 3),
-    "table": Tuning(64, 64, 4, 2),
+    "table": Tuning(64, 64, 4, 3),
 }
-TILE_DTYPE = jnp.float32  # of the bias tiles in memory
+# Products of float32 run outside the tensor cores and hold their operands in registers: longer
+# blocks spill them and take minutes to compile.
+FLOAT32 = Tuning(32, 32, 8, 1)
 _LEAST = 16  # of every dimension of a product on the tensor cores
 
 
@@ -72,7 +74,7 @@ class _Layout:
     """Padded arrays, near tiles and ranges of blocks for one pass."""
 
     def __init__(self, call: Any, name: str, q: Any, k: Any, table: Any, q_seg: Any, kv_seg: Any):
-        tuning = TUNINGS[name]
+        tuning = FLOAT32 if q.dtype == jnp.float32 else TUNINGS[name]
         if call.blocks:
             tuning = dataclasses.replace(tuning, q=call.blocks[0], k=call.blocks[1])
         self.t = min(tuning.q, blocks.power_of_two(q.shape[1], _LEAST))
@@ -88,7 +90,6 @@ class _Layout:
         self.tiled = self.biased or self.causal
         self.near = blocks.Near(self.t, self.s, call.causal, call.bidirectional, call.max_distance)
         self.tiles, self.far = bias.tiles(table, self.near, self.heads)
-        self.tiles = self.tiles.astype(TILE_DTYPE)
         self.q_seg = blocks.pad_to(q_seg, 1, self.length_q)
         # Padding among the keys never equals a query's segment, not even padding's.
         kv_seg = blocks.pad_to(kv_seg, 1, self.length_k)
@@ -300,7 +301,7 @@ def forward(call: Any, q: Any, k: Any, v: Any, table: Any, q_seg: Any, kv_seg: A
 
 
 def _wide(x: jax.Array) -> jax.Array:
-    """Zeros behind the head dimension up to a power of two, which Triton wants; they add nothing."""
+    """Zeros behind the head dimension up to a power of two, as Triton wants; they add nothing."""
     return blocks.pad_to(x, 3, blocks.power_of_two(x.shape[3], _LEAST))
 
 
@@ -390,13 +391,13 @@ def _keys_pass(
     return dk, dv, jnp.sum(dfar, axis=(0, 2))
 
 
-# About eight programs for each multiprocessor of an H100 or H200 (132), which also bounds the
-# partial sums: 1056 tiles of 64 x 64 float32 are 17 MB, whatever the batch and the lengths.
-TABLE_PROGRAMS = 1056
+# Three programs for each multiprocessor of an H100 or H200 (132): as many as run at a time. It also
+# bounds the partial sums: 396 tiles of 64 x 64 float32 are 6.5 MB, whatever the batch and lengths.
+TABLE_PROGRAMS = 396
 
 
 def _pairs(lay: _Layout) -> tuple[jax.Array, jax.Array]:
-    """The pairs of blocks that meet, by near tile: (how many [n], row * blocks + block [n, B*I])."""
+    """The pairs of blocks that meet, by near tile: (how many [n], row * I + block [n, B * I])."""
     first = lay.near.first // lay.near.step
     i = np.arange(lay.meet.shape[1])[None, :]
     j = i + np.arange(first, first + lay.near.count)[:, None]

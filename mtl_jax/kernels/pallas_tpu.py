@@ -4,8 +4,8 @@ The grid walks over all pairs of blocks, the inner axis in order; scratch memory
 sums from one pair to the next, so what lies in VMEM does not grow with the lengths. Pairs that
 cannot meet do nothing, and their blocks are not fetched. Tiles are [keys, queries]: what belongs
 to a query is then a row, the layout in which a TPU keeps a vector without padding it 128 times.
-The bias gradient adds up in the pass over the keys, whose grid has the heads outermost: the tiles of
-a head stay in VMEM until all its blocks are through.
+The bias gradient adds up in the pass over the keys, whose grid has the heads outermost: the tiles
+of a head stay in VMEM until all its blocks are through.
 
 Letters in names: B batch, T query positions, S key positions, H heads, K head dimension, N buckets,
 I blocks of queries, J blocks of keys, n bias tiles.
@@ -94,15 +94,15 @@ def _specs(lay: _Layout, order: str) -> dict[str, Any]:
         "k": spec((1, 1, lay.s, lay.dim), lambda b, h, i, j: (b, h, j, 0)),
         "q_seg": spec((1, 1, lay.t), lambda b, h, i, j: (b, 0, i)),
         "kv_seg": spec((1, 1, lay.s), lambda b, h, i, j: (b, 0, j)),
-        "tiles": spec(
-            (1, 1, lay.s, lay.t), lambda b, h, i, j: (h, lay.tile_number(i, j), 0, 0)
-        ),
+        "tiles": spec((1, 1, lay.s, lay.t), lambda b, h, i, j: (h, lay.tile_number(i, j), 0, 0)),
         "statistic": spec((1, 1, 1, lay.t), lambda b, h, i, j: (b, h, 0, i)),
         "sums": spec((1, *lay.tiles.shape[1:]), lambda b, h, i, j: (h, 0, 0, 0)),
     }
 
 
-def _call(lay: _Layout, kernel: Any, order: str, ins: str, outs: Any, scratch: Any, name: str) -> Any:
+def _call(
+    lay: _Layout, kernel: Any, order: str, ins: str, outs: Any, scratch: Any, name: str
+) -> Any:
     sizes = {"b": lay.rows, "h": lay.heads, "i": lay.count_q, "j": lay.count_k}
     specs = _specs(lay, order)
     in_order = 1 if order.startswith("bh") else 3

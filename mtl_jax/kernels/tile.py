@@ -20,7 +20,7 @@ LOG2_E = float(np.log2(np.e))
 
 
 def product(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
-    """a · b over one axis of each, float32 out; exact (no tf32, no bf16 passes) for float32 in."""
+    """Contracts one axis of each, float32 out; exact (no tf32, no bf16 passes) for float32 in."""
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return jax.lax.dot_general(
         a,
@@ -32,7 +32,7 @@ def product(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
 
 
 def logits(a: jax.Array, b: jax.Array, bias: jax.Array | float, same: jax.Array) -> jax.Array:
-    """a [m, K], b [n, K] (queries and keys, or keys and queries) -> float32 [m, n].
+    """Queries [m, K] and keys [n, K], or keys and queries -> float32 [m, n], hidden pairs `HIDDEN`.
 
     Args:
       a: rows of the tile.
@@ -70,7 +70,7 @@ def log_sum_exp(maximum: jax.Array, total: jax.Array) -> jax.Array:
 
 
 def normalised(acc: jax.Array, total: jax.Array) -> jax.Array:
-    """acc / total, and 0 for a query that saw no key."""
+    """The accumulated values over the total, and 0 for a query that saw no key."""
     return acc * jnp.where(total > 0.0, 1.0 / jnp.maximum(total, 1e-37), 0.0)
 
 
