@@ -138,6 +138,10 @@ def main() -> None:
             | {"model_flops": flops.flops_per_step(cfg, *shape), "variants": found}
         )
     result["load after"] = os.getloadavg()
+    # PyTorch's threads wait for each other, XLA's do not: beside other work it loses far more.
+    result["void"] = max(result["load before"][0], result["load after"][0]) > threads + 1
+    if result["void"]:
+        print(f"\nVOID: other work was running, load {result['load after']}")
     if not args.tiny:
         figures.save("step_vs_hf", result)
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 import seqio
+from jax.sharding import Mesh
 
-from mtl_jax import data, model, optim, sharding, step
+from mtl_jax import attention, data, model, optim, sharding, step
 from mtl_jax.checkpoint import Checkpointer
 from mtl_jax.errors import UserError
 from mtl_jax.evaluate import EvalTask, Evaluator, Placement
@@ -53,6 +54,11 @@ class Session:
     def shardings(self) -> Any:
         """The sharding of every leaf of the train state."""
         return jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
+
+    @property
+    def attention(self) -> str:
+        """Which implementation of attention the train step runs; the encoder's first."""
+        return _attention(self.config, self.mesh)
 
     @property
     def num_parameters(self) -> int:
@@ -118,6 +124,14 @@ class Session:
         ]
 
 
+def _attention(config: "Config", mesh: Mesh) -> str:
+    inputs, targets = config.data.inputs_length, config.data.targets_length
+    pairs = ((inputs, inputs), (targets, targets), (targets, inputs))
+    with attention.platform(mesh.devices.flat[0].platform):
+        chosen = [attention.chosen(config.model.attention, *lengths) for lengths in pairs]
+    return ", ".join(dict.fromkeys(chosen))
+
+
 def build(config: "Config") -> Session:
     """Everything but arrays and files: cheap, and every mistake in the values shows here.
 
@@ -132,6 +146,7 @@ def build(config: "Config") -> Session:
     enable_compile_cache(config.run.directory, enabled=config.run.compile_cache)
     mesh = sharding.make_mesh(config.mesh)
     sharding.validate(mesh, config.model, config.data.batch_size, config.step.microbatches)
+    _attention(config, mesh)  # an error where T5.attention asks for a kernel that is not there
     data.load_modules(config.data)
     made = data.build_mixture(config.mixture) if config.mixture.name else ""
     mixture = config.data.mixture or made

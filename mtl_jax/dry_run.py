@@ -27,6 +27,7 @@ def describe(session: build.Session, compiled: Any) -> str:
         info.rstrip(),
         "",
         f"Mesh: {mesh} on {jax.device_count()} x {jax.devices()[0].device_kind}",
+        f"Attention: {session.attention}",
         f"Batch: {rows} rows of {inputs} + {targets} tokens, {cfg.step.microbatches} microbatches",
         "Memory per device:",
         f"  parameters       {_bytes(_per_device(state.params))}",

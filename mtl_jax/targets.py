@@ -66,9 +66,10 @@ dnn_version_info {{ major: 9 minor: 10 }}
 device_description_str: "{name}"
 """
 
+# The start of an asynchronous one is not counted: its end has the type of the result.
 _COLLECTIVE = re.compile(
     r"= (\([^()]*\)|\S+) "
-    r"(all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?\("
+    r"(all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-done)?\("
 )
 
 

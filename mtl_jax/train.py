@@ -162,7 +162,8 @@ def describe_run(session: build.Session, argv: list[str]) -> None:
     say(
         f"T5 with {session.num_parameters:,} parameters; {cfg.mixture}: "
         f"{len(data.task_names(cfg.mixture))} tasks, {cfg.batch_size} rows of "
-        f"{cfg.inputs_length} + {cfg.targets_length} tokens; mesh {mesh}"
+        f"{cfg.inputs_length} + {cfg.targets_length} tokens; mesh {mesh}; "
+        f"attention {session.attention}"
     )
 
 

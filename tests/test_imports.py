@@ -26,7 +26,7 @@ ORDER = (
     # Evaluation uses the model, so it stands before it.
     *("evaluate", "decode", "buckets", "results", "metrics", "eval_task"),
     # The way of a batch.
-    *("sharding", "step", "model", "layers", "attention", "optim"),
+    *("targets", "sharding", "step", "loss", "model", "layers", "attention", "kernels", "optim"),
     # What a run leaves behind.
     *("checkpoint", "report", "report_html", "charts", "tables", "run_directory", "storage"),
     *("flops", "task_info", "data_config", "model_config", "run_config", "errors"),

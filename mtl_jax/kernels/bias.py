@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtl_jax.kernels.blocks import Near
+from mtl_jax.kernels.tile import HIDDEN
 
 
 def relative_position_bucket(
@@ -123,8 +124,6 @@ def tiles(table_NH: jax.Array | None, near: Near, heads: int) -> tuple[jax.Array
       Under a causal mask the pairs with the key ahead hold `tile.HIDDEN`: every block that the
       diagonal crosses is near, so the mask costs nothing in a kernel.
     """
-    from mtl_jax.kernels.tile import HIDDEN
-
     if table_NH is None:
         near_H = jnp.zeros((heads, near.count, near.q + near.k), jnp.float32)
         far_HP = jnp.zeros((heads, 2), jnp.float32)

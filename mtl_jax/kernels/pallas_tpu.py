@@ -77,8 +77,8 @@ def _specs(lay: _Layout, order: str) -> dict[str, Any]:
     by_query = order[-1] == "j"
 
     def index(ids: tuple[Any, ...]) -> tuple[Any, Any, Any, Any]:
-        *ids, start_ref, stop_ref = ids
-        at = dict(zip(order, ids, strict=True))
+        *axes, start_ref, stop_ref = ids
+        at = dict(zip(order, axes, strict=True))
         b, h, i, j = at["b"], at["h"], at["i"], at["j"]
         outer, inner = (i, j) if by_query else (j, i)
         low = start_ref[b, outer]
@@ -106,9 +106,8 @@ def _call(
     sizes = {"b": lay.rows, "h": lay.heads, "i": lay.count_q, "j": lay.count_k}
     specs = _specs(lay, order)
     in_order = 1 if order.startswith("bh") else 3
-    params = pltpu.CompilerParams(
-        dimension_semantics=("parallel",) * (4 - in_order) + ("arbitrary",) * in_order
-    )
+    semantics: Any = ("parallel",) * (4 - in_order) + ("arbitrary",) * in_order
+    params = pltpu.CompilerParams(dimension_semantics=semantics)
     return pl.pallas_call(
         functools.partial(kernel, lay),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -142,13 +141,13 @@ def _forward_kernel(lay: _Layout, start_ref: Any, stop_ref: Any, *refs: Any) -> 
     b, i, j = pl.program_id(0), pl.program_id(2), pl.program_id(3)
 
     @pl.when(j == 0)
-    def _() -> None:
+    def _start() -> None:
         acc_ref[...] = jnp.zeros_like(acc_ref)
         maximum_ref[...] = jnp.full_like(maximum_ref, tile.FLOOR)
         total_ref[...] = jnp.zeros_like(total_ref)
 
     @pl.when((j >= start_ref[b, i]) & (j < stop_ref[b, i]))
-    def _() -> None:
+    def _pair() -> None:
         s = _logits(lay, q_ref[0, 0], k_ref[0, 0], q_seg_ref, kv_seg_ref, tiles_ref)
         p, factor, maximum, total = tile.online_softmax(s, maximum_ref[...], total_ref[...], axis=0)
         v = v_ref[0, 0]
@@ -157,7 +156,7 @@ def _forward_kernel(lay: _Layout, start_ref: Any, stop_ref: Any, *refs: Any) -> 
         maximum_ref[...], total_ref[...] = maximum, total
 
     @pl.when(j == lay.count_k - 1)
-    def _() -> None:
+    def _end() -> None:
         o = tile.normalised(acc_ref[...], total_ref[...])
         o_ref[0, 0] = o.T.astype(o_ref.dtype)
         lse_ref[0, 0] = tile.log_sum_exp(maximum_ref[...], total_ref[...])
@@ -169,12 +168,12 @@ def _queries_kernel(lay: _Layout, start_ref: Any, stop_ref: Any, *refs: Any) -> 
     b, i, j = pl.program_id(0), pl.program_id(2), pl.program_id(3)
 
     @pl.when(j == 0)
-    def _() -> None:
+    def _start() -> None:
         acc_ref[...] = jnp.zeros_like(acc_ref)
         sums_ref[...] = jnp.zeros_like(sums_ref)
 
     @pl.when((j >= start_ref[b, i]) & (j < stop_ref[b, i]))
-    def _() -> None:
+    def _pair() -> None:
         k = k_ref[0, 0]
         s = _logits(lay, q_ref[0, 0], k, q_seg_ref, kv_seg_ref, tiles_ref)
         p = tile.probabilities(s, lse_ref[0, 0])
@@ -184,7 +183,7 @@ def _queries_kernel(lay: _Layout, start_ref: Any, stop_ref: Any, *refs: Any) -> 
         acc_ref[...] += tile.product(ds.astype(k.dtype), k, (0, 0))
 
     @pl.when(j == lay.count_k - 1)
-    def _() -> None:
+    def _end() -> None:
         dq_ref[0, 0] = acc_ref[...].astype(dq_ref.dtype)
         # Without the rounding of the outputs that delta was made of; see pallas_gpu.py.
         exact_ref[0, 0] = delta_ref[0, 0] + sums_ref[...]
@@ -196,18 +195,18 @@ def _keys_kernel(lay: _Layout, start_ref: Any, stop_ref: Any, *refs: Any) -> Non
     b, j, i = pl.program_id(1), pl.program_id(2), pl.program_id(3)
 
     @pl.when(i == 0)
-    def _() -> None:
+    def _start() -> None:
         dk_acc_ref[...] = jnp.zeros_like(dk_acc_ref)
         dv_acc_ref[...] = jnp.zeros_like(dv_acc_ref)
 
     if lay.biased:
 
         @pl.when((b == 0) & (j == 0) & (i == 0))
-        def _() -> None:
+        def _start_of_head() -> None:
             outs[2][...] = jnp.zeros_like(outs[2])
 
     @pl.when((i >= start_ref[b, j]) & (i < stop_ref[b, j]))
-    def _() -> None:
+    def _pair() -> None:
         q, do = q_ref[0, 0], do_ref[0, 0]
         s = _logits(lay, q, k_ref[0, 0], q_seg_ref, kv_seg_ref, tiles_ref)
         p = tile.probabilities(s, lse_ref[0, 0])
@@ -218,7 +217,7 @@ def _keys_kernel(lay: _Layout, start_ref: Any, stop_ref: Any, *refs: Any) -> Non
             outs[2][0, lay.tile_number(i, j)] += ds
 
     @pl.when(i == lay.count_q - 1)
-    def _() -> None:
+    def _end() -> None:
         outs[0][0, 0] = dk_acc_ref[...].astype(outs[0].dtype)
         outs[1][0, 0] = dv_acc_ref[...].astype(outs[1].dtype)
 
