@@ -129,9 +129,15 @@ def uneven_gradients(parts):
 def test_microbatches_leave_the_gradient_unchanged(parts):
     grads, sums = uneven_gradients(parts)
     whole_grads, whole_sums = uneven_gradients(1)
-    for grad, whole in zip(jax.tree.leaves(grads), jax.tree.leaves(whole_grads), strict=True):
-        scale = np.linalg.norm(np.asarray(whole))
-        assert np.linalg.norm(np.asarray(grad) - np.asarray(whole)) <= 1e-6 * scale
+    # Rounding alone, over eight seeds: 7e-7 of the whole gradient, and up to 2e-6 of a small leaf
+    # whose terms cancel. A wrong normaliser is off by tenths.
+    errors = jax.tree.map(
+        lambda a, b: np.linalg.norm(np.asarray(a) - np.asarray(b)), grads, whole_grads
+    )
+    norms = jax.tree.map(lambda x: np.linalg.norm(np.asarray(x)), whole_grads)
+    assert np.linalg.norm(jax.tree.leaves(errors)) <= 1e-6 * np.linalg.norm(jax.tree.leaves(norms))
+    for error, norm in zip(jax.tree.leaves(errors), jax.tree.leaves(norms), strict=True):
+        assert error <= 4e-6 * norm
     for name, value in whole_sums.items():
         np.testing.assert_allclose(sums[name], value, rtol=1e-6, err_msg=name)
 
