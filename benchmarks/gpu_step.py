@@ -43,11 +43,13 @@ DEFAULT = {
         "naive+unroll+logits16+minimal",
     ),
     "hf": (
+        "sdpa+regional+autocast",
+        "sdpa+regional+bfloat16",
         "sdpa+compile+autocast",
         "sdpa+compile+bfloat16",
-        "flex+compile+bfloat16",
-        "flex+compile+autocast",
-        "eager+compile+bfloat16",
+        "flex+regional+bfloat16",
+        "flex+regional+autocast",
+        "eager+regional+bfloat16",
         "sdpa+autocast",
     ),
 }

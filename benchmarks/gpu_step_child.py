@@ -84,6 +84,7 @@ class Measurement:
         if job["oom_at"] and rows >= job["oom_at"]:
             raise RuntimeError("RESOURCE_EXHAUSTED: asked for by --oom-at")
         trainer.prepare(rows)
+        print(f"  {rows} rows: prepared in {time.perf_counter() - started:.0f} s", flush=True)
         losses = []
         for number in range(WARM_UP):
             trainer.step()

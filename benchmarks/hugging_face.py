@@ -152,7 +152,8 @@ class TrainStep:
       precision: "float32"; "autocast" (float32 parameters, products in bfloat16); or "bfloat16"
         (parameters and AdamW's moments too, which trains worse).
       compiled: "compile" puts forward and backward through `torch.compile`, anew for every shape;
-        "regional" only the layers, which share what is compiled; "" nothing.
+        "regional" only the layers, which share what is compiled, and the cross-entropy, in a
+        fraction of the time; "" nothing.
     """
 
     def __init__(self, model: torch.nn.Module, device: str, precision: str, compiled: str):
@@ -164,12 +165,14 @@ class TrainStep:
 
         def loss(inputs: torch.Tensor, shifted: torch.Tensor, targets: torch.Tensor) -> Any:
             # No mask: every row is full. The cache is for generation.
+            given = {"input_ids": inputs, "decoder_input_ids": shifted, "use_cache": False}
             with torch.autocast(device, torch.bfloat16, enabled=precision == "autocast"):
-                return model(
-                    input_ids=inputs, decoder_input_ids=shifted, labels=targets, use_cache=False
-                ).loss
+                if compiled == "regional":
+                    return cross_entropy(model(**given).logits.flatten(0, 1), targets.flatten())
+                return model(**given, labels=targets).loss
 
         if compiled == "regional":
+            cross_entropy = torch.compile(torch.nn.functional.cross_entropy, dynamic=False)
             for block in (*model.encoder.block, *model.decoder.block):
                 block.compile(dynamic=False)
         self._loss = torch.compile(loss, dynamic=False) if compiled == "compile" else loss

@@ -1,4 +1,4 @@
-"""Schedules, AdamW and Adafactor against closed forms and optax on single layers."""
+"""Schedules and AdamW against closed forms, Adafactor also against optax on single layers."""
 
 import functools
 
@@ -75,7 +75,8 @@ def params_and_gradients(count=3):
     shapes = {
         "encoder": {
             "layers": {
-                "mlp": {"wo": {"kernel": (2, 12, 9)}},
+                "mlp": {"wo": {"kernel": (2, 12, 9)}, "wi": {"kernel": (2, 16, 24)}},
+                "attention": {"out": {"kernel": (2, 16, 16)}},
                 "norm": {"scale": (2, 9)},
                 "small": {"kernel": (2, 3, 4)},
             },
@@ -128,37 +129,80 @@ def test_adamw_in_numpy():
         np.testing.assert_allclose(leaf, p, rtol=1e-5, atol=1e-6, err_msg=str(path))
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_adafactor_on_stacked_layers_is_adafactor_on_each(momentum):
-    cfg = OptimizerConfig(
-        schedule="constant", learning_rate=0.05, min_dim_size_to_factor=8, momentum=momentum
-    )
+VARIANTS = {
+    "plain": {},
+    "momentum": {"momentum": 0.9},
+    "decay rate": {"decay_rate": 0.5},
+    "absolute step": {"multiply_by_parameter_scale": False},
+    "weight decay": {"weight_decay": 0.1},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_adafactor_on_stacked_layers_is_that_of_optax_on_each(variant):
+    """Gradients grow threefold from step to step, so that updates are clipped."""
+    options = {"min_dim_size_to_factor": 8} | VARIANTS[variant]
+    cfg = OptimizerConfig(schedule="constant", learning_rate=0.05, **options)
     start, gradients = params_and_gradients()
+    gradients = [jax.tree.map(lambda g: g * 3.0**n, tree) for n, tree in enumerate(gradients)]  # noqa: B023
     found = run(optim.make_optimizer(cfg), start, gradients)[-1]
-    single = optax.adafactor(0.05, min_dim_size_to_factor=8, momentum=momentum or None)
+    if "weight_decay" in options:
+        options |= {"weight_decay_rate": options.pop("weight_decay")}
+    single = optax.adafactor(0.05, weight_decay_mask=optim._decayed, **options)
 
     def layer(tree, number):
         return jax.tree.map(lambda leaf: leaf[number], tree["encoder"]["layers"])
 
-    for number in range(2):
-        alone = run(single, layer(start, number), [layer(g, number) for g in gradients])[-1]
-        jax.tree.map(
-            functools.partial(np.testing.assert_allclose, rtol=1e-6),
-            layer(found, number),
-            alone,
-        )
-    rest = {"token_embedder": start["token_embedder"], "r": start["encoder"]["relpos_bias"]}
-    alone = run(
-        single,
-        rest,
-        [
-            {"token_embedder": g["token_embedder"], "r": g["encoder"]["relpos_bias"]}
-            for g in gradients
-        ],
-    )[-1]
-    np.testing.assert_allclose(
-        found["token_embedder"]["embedding"], alone["token_embedder"]["embedding"], rtol=1e-6
-    )
+    def rest(tree):
+        return {"r": tree["encoder"]["relpos_bias"], "e": tree["token_embedder"]}
+
+    for part in (rest, *(functools.partial(layer, number=number) for number in range(2))):
+        alone = run(single, part(start), [part(gradient) for gradient in gradients])[-1]
+        for (path, ours), theirs in zip(
+            jax.tree_util.tree_leaves_with_path(part(found)), jax.tree.leaves(alone), strict=True
+        ):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6, err_msg=str(path))
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes"),
+    [
+        *(((24, 40), [0]), ((24, 40), [1]), ((3, 8, 5), [1, 2]), ((3, 5, 7), [1, 2])),
+        *(((2, 16), [1]), ((7,), [0]), ((4, 6, 8), [0, 1, 2])),
+    ],
+    ids=str,
+)
+def test_mean_square_in_numpy(shape, axes):
+    """Axes that eight divides, that four or two divide, and prime ones."""
+    x = np.random.RandomState(0).randn(*shape).astype(np.float32)
+    found = jax.jit(optim._mean_square, static_argnums=1)(x, tuple(axes))
+    expected = np.square(x, dtype=np.float64).mean(tuple(axes), keepdims=True)
+    assert found.shape == expected.shape
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_mean_square_is_in_parts_on_cpus_only():
+    x = jax.ShapeDtypeStruct((64, 64), jnp.float32)
+    traced = jax.jit(lambda x: optim._mean_square(x, [0])).trace(x)
+    slices = {
+        platform: traced.lower(lowering_platforms=(platform,)).as_text().count("stablehlo.slice")
+        for platform in ("cpu", "cuda", "tpu")
+    }
+    assert slices == {"cpu": 8, "cuda": 0, "tpu": 0}
+
+
+def test_an_update_of_adafactor_makes_no_copy_of_a_matrix():
+    """Beside parameters, gradients and moments there are eighths only: for rows, columns, both."""
+    shapes = {"token_embedder": {"embedding": jax.ShapeDtypeStruct((4096, 512), jnp.float32)}}
+    rule = optim.make_optimizer(OptimizerConfig())
+
+    def update(gradient, state, params):
+        updates, state = rule.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state
+
+    program = jax.jit(update, donate_argnums=(1, 2))
+    compiled = program.lower(shapes, jax.eval_shape(rule.init, shapes), shapes).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.6 * 4096 * 512 * 4
 
 
 def test_adafactor_factors_the_big_matrices_of_each_layer():
