@@ -16,6 +16,9 @@ PYTHON ?= $(shell for name in $(CANDIDATES); do \
 
 BIN := .venv/bin
 READY := .venv/ready
+AOT := .venv/aot
+# Which lock file fits the interpreter of .venv.
+LOCKED = $$($(BIN)/python -c "import sys; print('py311' if sys.version_info < (3, 12) else 'py312')")
 QUICK := not slow and not data and not torch and not aot and not gpu
 UV ?= uv
 LOCK = $(UV) pip compile setup.py --quiet --extra test --universal --custom-compile-command "make lock"
@@ -31,9 +34,11 @@ test: lint ## lint, type check and the quick tests
 	@echo "==> quick tests"
 	@$(BIN)/pytest -m "$(QUICK)"
 
-test-all: $(READY) ## the tests that need time, the data folder (MTL_JAX_DATA), torch or a GPU
+test-all: $(READY) $(AOT)/ready ## the tests that need time, the data folder (MTL_JAX_DATA) or a GPU
 	@echo "==> the other tests"
-	@$(BIN)/pytest -m "not ($(QUICK))"
+	@$(BIN)/pytest -m "not ($(QUICK)) and not aot"
+	@echo "==> kernels compiled for devices that are not here"
+	@PYTHONPATH=$(AOT) $(BIN)/pytest -m aot
 
 lint: $(READY) ## ruff and mypy
 	@echo "==> ruff, mypy"
@@ -66,9 +71,15 @@ $(READY): setup.py mtl_jax/__init__.py requirements/py311.txt requirements/py312
 	@echo "==> .venv for $$($(PYTHON) --version)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { \
 		rm -rf .venv; echo "venv is missing; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
-	@lock=$$($(BIN)/python -c "import sys; print('py311' if sys.version_info < (3, 12) else 'py312')"); \
+	@lock=$(LOCKED); \
 	echo "==> installing requirements/$$lock.txt (a few minutes, about 2 GB)"; \
 	$(BIN)/python -m pip install -qq -r requirements/$$lock.txt
 	@echo "==> installing mtl_jax"
 	@$(BIN)/python -m pip install -qq --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(AOT)/ready: $(READY) requirements/aot-py311.txt requirements/aot-py312.txt
+	@echo "==> installing requirements/aot-$(LOCKED).txt into $(AOT) (compilers, about 1 GB)"
+	@rm -rf $(AOT)
+	@$(BIN)/python -m pip install -qq --no-deps --target $(AOT) -r requirements/aot-$(LOCKED).txt
 	@touch $@

@@ -30,6 +30,14 @@ REQUIRES = [
 ]
 
 EXTRAS = {
+    # Compiles for TPUs and NVIDIA GPUs that are not there; the plugin must fit jaxlib.
+    "aot": [
+        "jax[tpu]>=0.10.0",
+        "jax-cuda12-plugin>=0.10.0,!=0.10.2",
+        "nvidia-cuda-nvcc-cu12>=12.9",
+    ],
+    # What the train step is measured against.
+    "benchmark": ["torch>=2.9", "transformers>=5.17"],
     "cuda": ["jax[cuda12]>=0.10.0"],
     "tpu": ["jax[tpu]>=0.10.0"],
     "tensorboard": ["tensorboardX>=2.6.2"],

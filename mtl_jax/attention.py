@@ -28,7 +28,7 @@ MASKED = -1e10  # as in T5X: far below any logit, yet finite in float32
 
 # Up to so many pairs of a row and head, one product of everything is the fastest on a CPU
 # (benchmarks/attention.py).
-NAIVE_PAIRS = 256 * 256
+NAIVE_PAIRS = 128 * 128
 
 
 def attend(

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from mtl_jax.kernels import bias, blocks, tile
 
-# The fastest on 2 CPU cores of 64, 128, 256 and 512 (benchmarks/attention.py).
+# Long enough for a matrix product, short enough for a cache.
 BLOCK = 128
 
 
