@@ -164,47 +164,6 @@ def test_adafactor_on_stacked_layers_is_that_of_optax_on_each(variant):
             np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6, err_msg=str(path))
 
 
-@pytest.mark.parametrize(
-    ("shape", "axes"),
-    [
-        *(((24, 40), [0]), ((24, 40), [1]), ((3, 8, 5), [1, 2]), ((3, 5, 7), [1, 2])),
-        *(((2, 16), [1]), ((7,), [0]), ((4, 6, 8), [0, 1, 2])),
-    ],
-    ids=str,
-)
-def test_mean_square_in_numpy(shape, axes):
-    """Axes that eight divides, that four or two divide, and prime ones."""
-    x = np.random.RandomState(0).randn(*shape).astype(np.float32)
-    found = jax.jit(optim._mean_square, static_argnums=1)(x, tuple(axes))
-    expected = np.square(x, dtype=np.float64).mean(tuple(axes), keepdims=True)
-    assert found.shape == expected.shape
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
-
-
-def test_mean_square_is_in_parts_on_cpus_only():
-    x = jax.ShapeDtypeStruct((64, 64), jnp.float32)
-    traced = jax.jit(lambda x: optim._mean_square(x, [0])).trace(x)
-    slices = {
-        platform: traced.lower(lowering_platforms=(platform,)).as_text().count("stablehlo.slice")
-        for platform in ("cpu", "cuda", "tpu")
-    }
-    assert slices == {"cpu": 8, "cuda": 0, "tpu": 0}
-
-
-def test_an_update_of_adafactor_makes_no_copy_of_a_matrix():
-    """Beside parameters, gradients and moments there are eighths only: for rows, columns, both."""
-    shapes = {"token_embedder": {"embedding": jax.ShapeDtypeStruct((4096, 512), jnp.float32)}}
-    rule = optim.make_optimizer(OptimizerConfig())
-
-    def update(gradient, state, params):
-        updates, state = rule.update(gradient, state, params)
-        return optax.apply_updates(params, updates), state
-
-    program = jax.jit(update, donate_argnums=(1, 2))
-    compiled = program.lower(shapes, jax.eval_shape(rule.init, shapes), shapes).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < 0.6 * 4096 * 512 * 4
-
-
 def test_adafactor_factors_the_big_matrices_of_each_layer():
     cfg = OptimizerConfig(schedule="constant", min_dim_size_to_factor=8)
     start, _ = params_and_gradients()
