@@ -221,7 +221,7 @@ def test_near_blocks_are_those_whose_bias_is_not_one_constant(q, k, bidirectiona
                 assert np.all(seen == seen.flat[0]), (i, j)
 
 
-def test_dropout_drops_the_same_in_every_implementation(monkeypatch):
+def test_dropout_drops_the_same_in_every_implementation():
     q, k, v, table, do = inputs(150, 150)
     segments = packed(2, 150, 3)
     rng = jax.random.key(3)

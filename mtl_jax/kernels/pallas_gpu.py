@@ -36,7 +36,7 @@ class Tuning:
     stages: int
 
 
-# Measured by benchmarks/gpu.py; the keys are the passes.
+# The fastest of some forty tried on an H200 (docs/kernel.md); the keys are the passes.
 TUNINGS = {
     "forward": Tuning(64, 64, 4, 2),
     "queries": Tuning(64, 64, 4, 2),
