@@ -3,7 +3,8 @@
 `attend` has one meaning and three implementations: the reference below, and in `kernels/` plain XLA
 loops and hand-written kernels that keep no array of queries x keys.
 
-Letters in names: B batch, T query positions, S key positions, H heads, K head dimension.
+Letters in names: B batch, T query positions, S key positions, H heads, K head dimension, L inputs,
+R continuations of a row (decoding).
 """
 
 import contextlib
@@ -193,49 +194,80 @@ def _naive(
 
 
 def attend_cached(
-    q_B1HK: jax.Array,
-    k_BSHK: jax.Array,
-    v_BSHK: jax.Array,
-    bias_table: jax.Array | None,
-    position: jax.Array | None,
-    kv_segments_BS: jax.Array,
+    q_BRHK: jax.Array,
+    k_BRHSK: jax.Array,
+    v_BRHSK: jax.Array,
+    own_k_BRHK: jax.Array,
+    own_v_BRHK: jax.Array,
+    bias_table: jax.Array,
+    position: jax.Array,
     *,
     max_distance: int = 128,
 ) -> jax.Array:
-    """One decoding step: the query at `position` over a cache of keys and values.
+    """One decoding step of self-attention: the query at `position` over earlier keys and its own.
+
+    The cache is only read; who owns it writes the entry of this step, which is cheaper than a copy.
 
     Args:
-      q_B1HK: the query of this step.
-      k_BSHK: cached keys.
-      v_BSHK: cached values.
-      bias_table: [buckets, heads] of the decoder, or None (cross-attention).
-      position: int32 scalar, position of the query: later keys are hidden. None (cross-attention):
-        every key is seen; a bias table needs a position.
-      kv_segments_BS: int32, 0 where there is no key.
+      q_BRHK: the queries of this step, for each row its R continuations.
+      k_BRHSK: cached keys; those at `position` and later are not seen.
+      v_BRHSK: cached values.
+      own_k_BRHK: the keys of this step.
+      own_v_BRHK: the values of this step.
+      bias_table: [buckets, heads] of the decoder.
+      position: int32 scalar, position of the query.
       max_distance: of the bias.
 
     Returns:
-      [B, 1, H, K].
+      [B, R, H, K].
     """
-    logits = jnp.einsum("BTHK,BSHK->BHTS", q_B1HK, k_BSHK, preferred_element_type=jnp.float32)
-    seen_BTS = (kv_segments_BS > 0)[:, None, :]
-    if position is not None:
-        distance = jnp.arange(k_BSHK.shape[1], dtype=jnp.int32) - position
-        seen_BTS &= (distance <= 0)[None, None, :]
-        if bias_table is not None:
-            bucket = relative_position_bucket(
-                distance,
-                bidirectional=False,
-                num_buckets=bias_table.shape[0],
-                max_distance=max_distance,
-            )
-            bias_HS = jnp.take(bias_table, bucket, axis=0).T.astype(jnp.float32)
-            logits = logits + bias_HS[None, :, None, :]
-    return _weighted_values(logits, seen_BTS, v_BSHK)
+    keys = k_BRHSK.shape[3]
+    distance = jnp.minimum(jnp.arange(keys + 1, dtype=jnp.int32) - position, 0)
+    distance = jnp.where(jnp.arange(keys + 1) == keys, 0, distance)  # the last one is its own
+    bucket = relative_position_bucket(
+        distance, bidirectional=False, num_buckets=bias_table.shape[0], max_distance=max_distance
+    )
+    bias_HS = jnp.take(bias_table, bucket, axis=0).T.astype(jnp.float32)
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    logits = jnp.concatenate(
+        [
+            product("BRHK,BRHSK->BRHS", q_BRHK, k_BRHSK),
+            product("BRHK,BRHK->BRH", q_BRHK, own_k_BRHK)[..., None],
+        ],
+        axis=-1,
+    )
+    seen_S = (jnp.arange(keys + 1) < position) | (jnp.arange(keys + 1) == keys)
+    logits = jnp.where(seen_S[None, None, None], logits + bias_HS[None, None], MASKED)
+    weights = jax.nn.softmax(logits, axis=-1).astype(v_BRHSK.dtype)
+    past = jnp.einsum("BRHS,BRHSK->BRHK", weights[..., :-1], v_BRHSK)
+    return past + weights[..., -1:] * own_v_BRHK
+
+
+def attend_inputs(
+    q_BRHK: jax.Array, k_BHLK: jax.Array, v_BHLK: jax.Array, segments_BL: jax.Array
+) -> jax.Array:
+    """One decoding step of cross-attention: all continuations of a row over its inputs.
+
+    Args:
+      q_BRHK: the queries of this step.
+      k_BHLK: keys of the inputs, shared by the continuations.
+      v_BHLK: values of the inputs.
+      segments_BL: int32, 0 where there is no input.
+
+    Returns:
+      [B, R, H, K].
+    """
+    logits = jnp.einsum("BRHK,BHLK->BHRL", q_BRHK, k_BHLK, preferred_element_type=jnp.float32)
+    weights = _softmax(logits, (segments_BL > 0)[:, None, None, :]).astype(v_BHLK.dtype)
+    return jnp.einsum("BHRL,BHLK->BRHK", weights, v_BHLK)
 
 
 def _weighted_values(logits_BHTS: jax.Array, seen_BTS: jax.Array, v_BSHK: jax.Array) -> jax.Array:
-    seen = seen_BTS[:, None]
-    weights = jax.nn.softmax(jnp.where(seen, logits_BHTS, MASKED), axis=-1)
-    weights = jnp.where(seen, weights, 0.0)
+    weights = _softmax(logits_BHTS, seen_BTS[:, None])
     return jnp.einsum("BHTS,BSHK->BTHK", weights.astype(v_BSHK.dtype), v_BSHK)
+
+
+def _softmax(logits: jax.Array, seen: jax.Array) -> jax.Array:
+    """Over the last axis; what is not seen has weight 0, also for a query that sees nothing."""
+    weights = jax.nn.softmax(jnp.where(seen, logits, MASKED), axis=-1)
+    return jnp.where(seen, weights, 0.0)

@@ -41,6 +41,7 @@ def greedy(
     """
     encoded_BLD = model.encode(cfg, params, inputs_BL, segments_BL)
     cache = model.start_cache(cfg, params, encoded_BLD, segments_BL, max_length)
+    params = model.unstack_decoder(cfg, params)
     rows = inputs_BL.shape[0]
 
     def unfinished(state: tuple) -> jax.Array:
@@ -49,8 +50,8 @@ def greedy(
 
     def step(state: tuple) -> tuple:
         index, tokens_BT, previous_B, finished_B, cache = state
-        hidden_BD, cache = model.decode_step(cfg, params, cache, previous_B, index)
-        logits_BV = model.logits(cfg, params, hidden_BD[:, None, :])[:, 0, :]
+        hidden_B1D, cache = model.decode_step(cfg, params, cache, previous_B[:, None], index)
+        logits_BV = model.logits(cfg, params, hidden_B1D)[:, 0, :]
         next_B = jnp.where(finished_B, 0, jnp.argmax(logits_BV, axis=-1).astype(jnp.int32))
         tokens_BT = jax.lax.dynamic_update_slice_in_dim(tokens_BT, next_B[:, None], index, axis=1)
         return index + 1, tokens_BT, next_B, finished_B | (next_B == eos_id), cache

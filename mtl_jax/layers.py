@@ -1,7 +1,7 @@
 """The blocks of a T5 as Flax Linen modules; `model.py` puts them together.
 
 Letters: B batch, L encoder length, T decoder length, S key length, D embedding, H heads,
-K head dimension, E = H*K joined heads, F mlp, V vocabulary, N layers.
+K head dimension, E = H*K joined heads, F mlp, V vocabulary, N layers, R continuations of a row.
 """
 
 import functools
@@ -113,6 +113,23 @@ class Mlp(nn.Module):
         return Dense(cfg.emb_dim, ("mlp", "embed"), cfg.dtype, name="wo")(h_BLF)
 
 
+class RelativeBias(nn.Module):
+    """The bias table; stored [heads, buckets] as in T5X, returned [buckets, heads]."""
+
+    cfg: T5Config
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        """[buckets, heads]."""
+        init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
+        return self.param(
+            "rel_embedding",
+            nn.with_logical_partitioning(init, ("heads", "relpos_buckets")),
+            (self.cfg.num_heads, self.cfg.relpos_buckets),
+            jnp.float32,
+        ).T
+
+
 class Attention(nn.Module):
     """Projections around `attention.attend`; with a cache, one decoding step."""
 
@@ -120,65 +137,78 @@ class Attention(nn.Module):
     deterministic: bool
     causal: bool = False
 
-    @nn.compact
+    def setup(self) -> None:
+        """Makes the parts, which both ways of calling share."""
+        cfg = self.cfg
+        joined = cfg.num_heads * cfg.head_dim
+        query_init = functools.partial(_query_init, head_dim=cfg.head_dim)
+        self.query = Dense(joined, ("embed", "joined_kv"), cfg.dtype, query_init)
+        self.key = Dense(joined, ("embed", "joined_kv"), cfg.dtype)
+        self.value = Dense(joined, ("embed", "joined_kv"), cfg.dtype)
+        self.out = Dense(cfg.emb_dim, ("joined_kv", "embed"), cfg.dtype)
+
+    def project(self, dense: Dense, x_BTD: jax.Array) -> jax.Array:
+        """[B, T, D] -> [B, T, H, K]."""
+        y = dense(x_BTD)
+        y = y.reshape(*y.shape[:-1], self.cfg.num_heads, self.cfg.head_dim)
+        return nn.with_logical_constraint(y, ("batch", "length", "heads", "kv"))
+
+    def join(self, out_BTHK: jax.Array) -> jax.Array:
+        """[B, T, H, K] -> [B, T, D]."""
+        return self.out(out_BTHK.reshape(*out_BTHK.shape[:-2], -1))
+
     def __call__(
         self,
         x_BTD: jax.Array,
-        kv_BSD: jax.Array | None,
+        kv_BSD: jax.Array,
         bias_table: jax.Array | None,
         q_segments_BT: jax.Array,
         kv_segments_BS: jax.Array,
-        cache: Cache | None = None,
-        position: jax.Array | None = None,
-    ) -> tuple[jax.Array, Cache | None]:
-        """`kv_BSD` None means that the keys and values are in the cache (cross-attention)."""
+    ) -> jax.Array:
+        """[B, T, D], of all positions at once."""
         cfg = self.cfg
-        heads = (cfg.num_heads, cfg.head_dim)
+        use_dropout = not self.deterministic and cfg.dropout_rate > 0.0
+        out_BTHK = attention.attend(
+            self.project(self.query, x_BTD),
+            self.project(self.key, kv_BSD),
+            self.project(self.value, kv_BSD),
+            bias_table,
+            q_segments_BT,
+            kv_segments_BS,
+            causal=self.causal,
+            bidirectional=not self.causal,
+            max_distance=cfg.relpos_max_distance,
+            dropout_rate=cfg.dropout_rate,
+            dropout_rng=self.make_rng("dropout") if use_dropout else None,
+            impl=cfg.attention,
+        )
+        return self.join(out_BTHK)
 
-        def project(name: str, y: jax.Array, init: Any = fan_in) -> jax.Array:
-            dense = Dense(
-                cfg.num_heads * cfg.head_dim, ("embed", "joined_kv"), cfg.dtype, init, name=name
-            )
-            y = dense(y).reshape(*y.shape[:-1], *heads)
-            return nn.with_logical_constraint(y, ("batch", "length", "heads", "kv"))
+    def step(
+        self, x_BRD: jax.Array, cache: Cache, bias_table: jax.Array, position: jax.Array
+    ) -> tuple[jax.Array, Cache]:
+        """One step over earlier ones: [B, R, D], and the entry [B, R, H, K] for the cache."""
+        key, value = self.project(self.key, x_BRD), self.project(self.value, x_BRD)
+        out_BRHK = attention.attend_cached(
+            self.project(self.query, x_BRD),
+            cache["key"],
+            cache["value"],
+            key,
+            value,
+            bias_table,
+            position,
+            max_distance=self.cfg.relpos_max_distance,
+        )
+        return self.join(out_BRHK), {"key": key, "value": value}
 
-        query = project("query", x_BTD, functools.partial(_query_init, head_dim=cfg.head_dim))
-        if kv_BSD is not None:
-            key, value = project("key", kv_BSD), project("value", kv_BSD)
-        if cache is None:
-            use_dropout = not self.deterministic and cfg.dropout_rate > 0.0
-            out_BTHK = attention.attend(
-                query,
-                key,
-                value,
-                bias_table,
-                q_segments_BT,
-                kv_segments_BS,
-                causal=self.causal,
-                bidirectional=not self.causal,
-                max_distance=cfg.relpos_max_distance,
-                dropout_rate=cfg.dropout_rate,
-                dropout_rng=self.make_rng("dropout") if use_dropout else None,
-                impl=cfg.attention,
-            )
-        else:
-            if kv_BSD is not None and position is not None:
-                insert = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
-                cache = {
-                    "key": insert(cache["key"], key.astype(cache["key"].dtype), position),
-                    "value": insert(cache["value"], value.astype(cache["value"].dtype), position),
-                }
-            out_BTHK = attention.attend_cached(
-                query,
-                cache["key"],
-                cache["value"],
-                bias_table,
-                position,
-                kv_segments_BS,
-                max_distance=cfg.relpos_max_distance,
-            )
-        out = out_BTHK.reshape(*x_BTD.shape[:-1], -1)
-        return Dense(cfg.emb_dim, ("joined_kv", "embed"), cfg.dtype, name="out")(out), cache
+    def step_over_inputs(
+        self, x_BRD: jax.Array, inputs: Cache, segments_BL: jax.Array
+    ) -> jax.Array:
+        """One step over the keys and values of `model.start_cache`: [B, R, D]."""
+        query = self.project(self.query, x_BRD)
+        return self.join(
+            attention.attend_inputs(query, inputs["key"], inputs["value"], segments_BL)
+        )
 
 
 class EncoderLayer(nn.Module):
@@ -189,12 +219,17 @@ class EncoderLayer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BLD: jax.Array, bias_table: jax.Array, segments_BL: jax.Array
+        self, x_BLD: jax.Array, bias_table: jax.Array | None, segments_BL: jax.Array
     ) -> tuple[jax.Array, None]:
-        """The residual stream; the None is what `nn.scan` wants of a body without outputs."""
+        """The residual stream; the None is what `nn.scan` wants of a body without outputs.
+
+        `bias_table` is that of the stack; None: the layer has one of its own (umT5).
+        """
         cfg, drop = self.cfg, dropout(self.cfg, self.deterministic)
+        if bias_table is None:
+            bias_table = RelativeBias(cfg, name="relpos_bias")()
         h = LayerNorm(cfg.dtype, name="pre_attention_layer_norm")(x_BLD)
-        h, _ = Attention(cfg, self.deterministic, name="attention")(
+        h = Attention(cfg, self.deterministic, name="attention")(
             h, h, bias_table, segments_BL, segments_BL
         )
         x_BLD = x_BLD + drop(h)
@@ -204,40 +239,62 @@ class EncoderLayer(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Causal self-attention, cross-attention and MLP; with a cache, one decoding step."""
+    """Causal self-attention, cross-attention and MLP, each behind a norm."""
 
     cfg: T5Config
     deterministic: bool
 
-    @nn.compact
+    def setup(self) -> None:
+        """Makes the parts, which both ways of calling share."""
+        cfg = self.cfg
+        if cfg.relpos_per_layer:
+            self.relpos_bias = RelativeBias(cfg)
+        self.pre_self_attention_layer_norm = LayerNorm(cfg.dtype)
+        self.self_attention = Attention(cfg, self.deterministic, causal=True)
+        self.pre_cross_attention_layer_norm = LayerNorm(cfg.dtype)
+        self.encoder_decoder_attention = Attention(cfg, self.deterministic)
+        self.pre_mlp_layer_norm = LayerNorm(cfg.dtype)
+        self.mlp = Mlp(cfg, self.deterministic)
+        self.drop = dropout(cfg, self.deterministic)
+
     def __call__(
         self,
         x_BTD: jax.Array,
-        cache: dict[str, Cache] | None,
-        encoded_BLD: jax.Array | None,
-        bias_table: jax.Array,
+        encoded_BLD: jax.Array,
+        bias_table: jax.Array | None,
         segments: dict[str, jax.Array],
-        position: jax.Array | None,
-    ) -> tuple[jax.Array, dict[str, Cache] | None]:
-        """The residual stream and, where one was given, the cache with this step's entry."""
-        cfg, drop = self.cfg, dropout(self.cfg, self.deterministic)
-        cached: dict[str, Cache | None] = {"self": None, "cross": None} | (cache or {})
-        h = LayerNorm(cfg.dtype, name="pre_self_attention_layer_norm")(x_BTD)
-        h, self_cache = Attention(cfg, self.deterministic, causal=True, name="self_attention")(
-            h, h, bias_table, segments["self_q"], segments["self_kv"], cached["self"], position
+    ) -> tuple[jax.Array, None]:
+        """The residual stream; None for `nn.scan`."""
+        bias_table = self.relpos_bias() if bias_table is None else bias_table
+        h = self.pre_self_attention_layer_norm(x_BTD)
+        h = self.self_attention(h, h, bias_table, segments["self_q"], segments["self_kv"])
+        x_BTD = x_BTD + self.drop(h)
+        h = self.pre_cross_attention_layer_norm(x_BTD)
+        h = self.encoder_decoder_attention(
+            h, encoded_BLD, None, segments["cross_q"], segments["cross_kv"]
         )
-        x_BTD = x_BTD + drop(h)
-        h = LayerNorm(cfg.dtype, name="pre_cross_attention_layer_norm")(x_BTD)
-        h, _ = Attention(cfg, self.deterministic, name="encoder_decoder_attention")(
-            h, encoded_BLD, None, segments["cross_q"], segments["cross_kv"], cached["cross"]
+        x_BTD = x_BTD + self.drop(h)
+        x_BTD = x_BTD + self.drop(self.mlp(self.pre_mlp_layer_norm(x_BTD)))
+        return nn.with_logical_constraint(x_BTD, ("batch", "length", "embed")), None
+
+    def step(
+        self,
+        x_BRD: jax.Array,
+        cache: dict[str, Cache],
+        bias_table: jax.Array | None,
+        segments_BL: jax.Array,
+        position: jax.Array,
+    ) -> tuple[jax.Array, Cache]:
+        """One decoding step: the residual stream, and this layer's entry for the cache."""
+        bias_table = self.relpos_bias() if bias_table is None else bias_table
+        h = self.pre_self_attention_layer_norm(x_BRD)
+        h, entry = self.self_attention.step(h, cache["self"], bias_table, position)
+        x_BRD = x_BRD + h
+        h = self.pre_cross_attention_layer_norm(x_BRD)
+        x_BRD = x_BRD + self.encoder_decoder_attention.step_over_inputs(
+            h, cache["cross"], segments_BL
         )
-        x_BTD = x_BTD + drop(h)
-        h = LayerNorm(cfg.dtype, name="pre_mlp_layer_norm")(x_BTD)
-        x_BTD = x_BTD + drop(Mlp(cfg, self.deterministic, name="mlp")(h))
-        x_BTD = nn.with_logical_constraint(x_BTD, ("batch", "length", "embed"))
-        if cache is None or self_cache is None:
-            return x_BTD, None
-        return x_BTD, {"self": self_cache, "cross": cache["cross"]}
+        return x_BRD + self.mlp(self.pre_mlp_layer_norm(x_BRD)), entry
 
 
 def dropout(cfg: T5Config, deterministic: bool) -> nn.Dropout:
@@ -245,7 +302,7 @@ def dropout(cfg: T5Config, deterministic: bool) -> nn.Dropout:
     return nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,), deterministic=deterministic)
 
 
-def stack(layer: Any, cfg: T5Config, length: int, deterministic: bool, in_axes: Any) -> Any:
+def stack(layer: Any, cfg: T5Config, length: int, deterministic: bool) -> Any:
     """The layers of a stack as one module whose parameters carry a leading axis."""
     if cfg.remat != "none":
         layer = nn.remat(layer, policy=REMAT[cfg.remat], prevent_cse=not cfg.scan_layers)
@@ -253,7 +310,7 @@ def stack(layer: Any, cfg: T5Config, length: int, deterministic: bool, in_axes: 
         layer,
         variable_axes={"params": 0},
         split_rngs={"params": True, "dropout": True},
-        in_axes=in_axes,
+        in_axes=nn.broadcast,
         length=length,
         unroll=1 if cfg.scan_layers else length,
         metadata_params={nn.PARTITION_NAME: "layers"},

@@ -4,7 +4,7 @@ Names of parameters are T5X's; the layers of a stack are stored stacked, as `[la
 `scan_layers` chooses between a loop and an unrolled graph: same parameters, same numbers.
 
 Letters: B batch, L encoder length, T decoder length, S key length, D embedding, H heads,
-K head dimension, E = H*K joined heads, F mlp, V vocabulary, N layers.
+K head dimension, E = H*K joined heads, F mlp, V vocabulary, N layers, R continuations of a row.
 """
 
 import dataclasses
@@ -16,7 +16,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtl_jax.layers import Cache, DecoderLayer, EncoderLayer, LayerNorm, dropout, fan_in, stack
+from mtl_jax.layers import (
+    DecoderLayer,
+    EncoderLayer,
+    LayerNorm,
+    RelativeBias,
+    dropout,
+    fan_in,
+    stack,
+)
 from mtl_jax.model_config import T5Config
 
 Params = dict[str, Any]
@@ -31,24 +39,10 @@ __all__ = [
     "logits",
     "output_params",
     "param_axes",
+    "reorder_cache",
     "start_cache",
+    "unstack_decoder",
 ]
-
-
-class RelativeBias(nn.Module):
-    """The bias table; stored [heads, buckets] as in T5X, returned [buckets, heads]."""
-
-    cfg: T5Config
-
-    @nn.compact
-    def __call__(self) -> jax.Array:
-        init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
-        return self.param(
-            "rel_embedding",
-            nn.with_logical_partitioning(init, ("heads", "relpos_buckets")),
-            (self.cfg.num_heads, self.cfg.relpos_buckets),
-            jnp.float32,
-        ).T
 
 
 class Embedding(nn.Module):
@@ -113,15 +107,15 @@ class Encoder(nn.Module):
 
     def setup(self) -> None:
         cfg = self.cfg
-        self.relpos_bias = RelativeBias(cfg)
-        self.layers = stack(
-            EncoderLayer, cfg, cfg.num_encoder_layers, self.deterministic, nn.broadcast
-        )
+        if not cfg.relpos_per_layer:
+            self.relpos_bias = RelativeBias(cfg)
+        self.layers = stack(EncoderLayer, cfg, cfg.num_encoder_layers, self.deterministic)
         self.encoder_norm = LayerNorm(cfg.dtype)
         self.dropout = dropout(cfg, self.deterministic)
 
     def __call__(self, x_BLD: jax.Array, segments_BL: jax.Array) -> jax.Array:
-        x_BLD, _ = self.layers(self.dropout(x_BLD), self.relpos_bias(), segments_BL)
+        bias_table = None if self.cfg.relpos_per_layer else self.relpos_bias()
+        x_BLD, _ = self.layers(self.dropout(x_BLD), bias_table, segments_BL)
         return self.dropout(self.encoder_norm(x_BLD))
 
 
@@ -133,38 +127,32 @@ class Decoder(nn.Module):
 
     def setup(self) -> None:
         cfg = self.cfg
-        self.relpos_bias = RelativeBias(cfg)
-        in_axes = (0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast)
-        self.layers = stack(DecoderLayer, cfg, cfg.num_decoder_layers, self.deterministic, in_axes)
+        if not cfg.relpos_per_layer:
+            self.relpos_bias = RelativeBias(cfg)
+        self.layers = stack(DecoderLayer, cfg, cfg.num_decoder_layers, self.deterministic)
         self.decoder_norm = LayerNorm(cfg.dtype)
         self.dropout = dropout(cfg, self.deterministic)
         if not cfg.logits_via_embedding:
             self.logits_dense = OutputKernel(cfg)
 
     def __call__(
-        self,
-        x_BTD: jax.Array,
-        encoded_BLD: jax.Array | None,
-        segments: dict[str, jax.Array],
-        cache: dict[str, Cache] | None = None,
-        position: jax.Array | None = None,
-    ) -> tuple[jax.Array, dict[str, Cache] | None]:
-        """With `cache` and `position` this is one decoding step (T = 1)."""
-        bias_table = self.relpos_bias()
-        x_BTD, cache = self.layers(
-            self.dropout(x_BTD), cache, encoded_BLD, bias_table, segments, position
-        )
-        return self.dropout(self.decoder_norm(x_BTD)), cache
+        self, x_BTD: jax.Array, encoded_BLD: jax.Array, segments: dict[str, jax.Array]
+    ) -> jax.Array:
+        bias_table = None if self.cfg.relpos_per_layer else self.relpos_bias()
+        x_BTD, _ = self.layers(self.dropout(x_BTD), encoded_BLD, bias_table, segments)
+        return self.dropout(self.decoder_norm(x_BTD))
+
+    def normed(self, x_BRD: jax.Array) -> jax.Array:
+        """The final norm alone, for a decoding step."""
+        return self.decoder_norm(x_BRD)
 
     def logits(self, hidden_BTD: jax.Array, embedding_VD: jax.Array | None) -> jax.Array:
         """`embedding_VD` is for tied models."""
         # float32 whatever the rest computes in: its rounding goes straight into the loss.
         hidden_BTD = hidden_BTD.astype(jnp.float32)
-        if embedding_VD is not None:
-            kernel_DV = embedding_VD.T
+        if self.cfg.rescale_logits:
             hidden_BTD = hidden_BTD / np.sqrt(self.cfg.emb_dim).astype(np.float32)
-        else:
-            kernel_DV = self.logits_dense()
+        kernel_DV = self.logits_dense() if embedding_VD is None else embedding_VD.T
         rows_RD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])  # as in `layers.Dense`
         if self.cfg.logits_dtype == "float32":
             out_RV = jnp.dot(rows_RD, kernel_DV)
@@ -195,6 +183,9 @@ class T5(nn.Module):
     def decode(self, tokens_BT: jax.Array, *args: Any) -> Any:
         return self.decoder(self.embed(tokens_BT), *args)
 
+    def normed(self, x_BRD: jax.Array) -> jax.Array:
+        return self.decoder.normed(x_BRD)
+
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         tied = self.cfg.logits_via_embedding
         return self.decoder.logits(hidden_BTD, self.token_embedder() if tied else None)
@@ -202,8 +193,7 @@ class T5(nn.Module):
     def everything(self, tokens_BL: jax.Array) -> jax.Array:
         """Touches every parameter; for initialisation."""
         segments = {name: tokens_BL for name in ("self_q", "self_kv", "cross_q", "cross_kv")}
-        hidden, _ = self.decode(tokens_BL, self.encode(tokens_BL, tokens_BL), segments)
-        return self.logits(hidden)
+        return self.logits(self.decode(tokens_BL, self.encode(tokens_BL, tokens_BL), segments))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -305,7 +295,7 @@ def decode(
         "cross_kv": encoder_segments_BL,
     }
     args = (tokens_BT, encoded_BLD, segments)
-    return _apply(cfg, params, "decode", *args, rng=dropout_rng)[0]
+    return _apply(cfg, params, "decode", *args, rng=dropout_rng)
 
 
 def logits(cfg: T5Config, params: Params, hidden_BTD: jax.Array) -> jax.Array:
@@ -329,54 +319,133 @@ def start_cache(
     encoded_BLD: jax.Array,
     encoder_segments_BL: jax.Array,
     max_length: int,
+    decodes: int = 1,
 ) -> dict[str, Any]:
-    """The decoding cache: keys and values of the inputs, once, and room for `max_length` tokens.
-
-    Returns:
-      {"layers": {"self", "cross"}: {"key", "value"} [N, B, positions, H, K],
-       "encoder_segments": [B, L]}.
-    """
-    batch, heads = encoded_BLD.shape[0], (cfg.num_heads, cfg.head_dim)
-    cross = params["decoder"]["layers"]["encoder_decoder_attention"]
-
-    def project(name: str) -> jax.Array:
-        kernel_NDE = cross[name]["kernel"].astype(cfg.dtype)
-        out = jnp.einsum("BLD,NDE->NBLE", encoded_BLD.astype(cfg.dtype), kernel_NDE)
-        return out.reshape(*out.shape[:-1], *heads)
-
-    empty = jnp.zeros((cfg.num_decoder_layers, batch, max_length, *heads), cfg.dtype)
-    return {
-        "layers": {
-            "self": {"key": empty, "value": empty},
-            "cross": {"key": project("key"), "value": project("value")},
-        },
-        "encoder_segments": encoder_segments_BL,
-    }
-
-
-def decode_step(
-    cfg: T5Config, params: Params, cache: dict[str, Any], tokens_B: jax.Array, position: jax.Array
-) -> tuple[jax.Array, dict[str, Any]]:
-    """One decoding step for every row.
+    """The decoding cache: keys and values of the inputs, once, and room for what is generated.
 
     Args:
       cfg: the shape.
       params: tree of `init`.
+      encoded_BLD: from `encode`.
+      encoder_segments_BL: int32, 0 for padding.
+      max_length: tokens to be generated at most.
+      decodes: R, continuations of each row; they share the keys and values of its inputs.
+
+    Returns:
+      {"layers": {"self": {"key", "value"} [B, R, H, max_length, K],
+                  "cross": {"key", "value"} [B, H, L, K]},
+       "encoder_segments": [B, L]}; a layer is an entry of a tuple of N, or of a leading axis N if
+      `cfg.scan_layers`.
+    """
+    batch, heads = encoded_BLD.shape[0], (cfg.num_heads, cfg.head_dim)
+    empty = jnp.zeros((batch, decodes, cfg.num_heads, max_length, cfg.head_dim), cfg.dtype)
+    empty = nn.with_logical_constraint(empty, ("batch", None, "heads", None, "kv"))
+
+    def of_layer(layer: Params) -> dict[str, Any]:
+        def project(name: str) -> jax.Array:
+            kernel_DE = layer["encoder_decoder_attention"][name]["kernel"].astype(cfg.dtype)
+            rows = encoded_BLD.astype(cfg.dtype).reshape(-1, cfg.emb_dim)
+            out_BLHK = jnp.dot(rows, kernel_DE).reshape(*encoded_BLD.shape[:2], *heads)
+            return nn.with_logical_constraint(
+                out_BLHK.swapaxes(1, 2), ("batch", "heads", None, "kv")
+            )
+
+        return {
+            "self": {"key": empty, "value": empty},
+            "cross": {"key": project("key"), "value": project("value")},
+        }
+
+    stacked = params["decoder"]["layers"]
+    layers = (
+        jax.lax.map(of_layer, stacked)
+        if cfg.scan_layers
+        else tuple(of_layer(_layer(stacked, n)) for n in range(cfg.num_decoder_layers))
+    )
+    return {"layers": layers, "encoder_segments": encoder_segments_BL}
+
+
+def _layer(stacked: Params, index: int) -> Params:
+    return jax.tree.map(lambda leaf: leaf[index], stacked)
+
+
+def unstack_decoder(cfg: T5Config, params: Params) -> Params:
+    """The tree with the decoder's layers apart, for `decode_step`; as it is if `cfg.scan_layers`.
+
+    Do it outside of the decoding loop: inside, every step would copy every layer out of its stack.
+    """
+    if cfg.scan_layers:
+        return params
+    stacked = params["decoder"]["layers"]
+    layers = tuple(_layer(stacked, n) for n in range(cfg.num_decoder_layers))
+    return params | {"decoder": params["decoder"] | {"layers": layers}}
+
+
+def decode_step(
+    cfg: T5Config,
+    params: Params,
+    cache: dict[str, Any],
+    tokens_BR: jax.Array,
+    position: jax.Array,
+) -> tuple[jax.Array, dict[str, Any]]:
+    """One decoding step for every continuation of every row.
+
+    Args:
+      cfg: the shape.
+      params: from `unstack_decoder`.
       cache: from `start_cache` or the step before.
-      tokens_B: int32, the tokens at `position` (0 at position 0).
+      tokens_BR: int32, the tokens at `position` (0 at position 0).
       position: int32 scalar, below the `max_length` of the cache.
 
     Returns:
-      (hidden_BD, the next cache).
+      (hidden_BRD, the next cache).
     """
-    keys = cache["layers"]["self"]["key"].shape[2]
-    ones = jnp.ones((tokens_B.shape[0], keys), jnp.int32)
-    segments = {
-        "self_q": ones[:, :1],
-        "self_kv": ones,
-        "cross_q": ones[:, :1],
-        "cross_kv": cache["encoder_segments"],
-    }
-    args = (tokens_B[:, None], None, segments, cache["layers"], position)
-    hidden_B1D, layers = _apply(cfg, params, "decode", *args)
-    return hidden_B1D[:, 0], cache | {"layers": layers}
+    decoder, segments_BL = params["decoder"], cache["encoder_segments"]
+    bias_table = None if cfg.relpos_per_layer else decoder["relpos_bias"]["rel_embedding"].T
+
+    def step(x_BRD: jax.Array, layer: Params, layer_cache: Any) -> tuple[jax.Array, Any]:
+        args = (x_BRD, layer_cache, bias_table, segments_BL, position)
+        return DecoderLayer(cfg, True).apply({"params": layer}, *args, method="step")
+
+    def write(old: jax.Array, entry: jax.Array) -> jax.Array:
+        entry = jnp.expand_dims(entry, -2)  # [..., B, R, H, 1, K]
+        axis = entry.ndim - 2
+        return jax.lax.dynamic_update_slice_in_dim(old, entry.astype(old.dtype), position, axis)
+
+    x_BRD = T5(cfg).apply({"params": params}, tokens_BR, method="embed")
+    layers = cache["layers"]
+    if cfg.scan_layers:
+        body = lambda x, layer: step(x, *layer)  # noqa: E731
+        x_BRD, entries = jax.lax.scan(body, x_BRD, (decoder["layers"], layers))
+        layers = layers | {"self": jax.tree.map(write, layers["self"], entries)}
+    else:
+        new = []
+        for layer, layer_cache in zip(decoder["layers"], layers, strict=True):
+            x_BRD, entry = step(x_BRD, layer, layer_cache)
+            new.append(layer_cache | {"self": jax.tree.map(write, layer_cache["self"], entry)})
+        layers = tuple(new)
+    hidden_BRD = T5(cfg).apply({"params": params}, x_BRD, method="normed")
+    return hidden_BRD, cache | {"layers": layers}
+
+
+def reorder_cache(cfg: T5Config, cache: dict[str, Any], source_BR: jax.Array) -> dict[str, Any]:
+    """The cache in which continuation r of row b is the one that was `source_BR[b, r]`.
+
+    Args:
+      cfg: the shape.
+      cache: from `decode_step`.
+      source_BR: int32, values in [0, R).
+    """
+
+    def gather(leaf: jax.Array) -> jax.Array:
+        lead = (None,) if cfg.scan_layers else ()
+        index = source_BR[(*lead, ..., None, None, None)]
+        return jnp.take_along_axis(leaf, index, axis=len(lead) + 1)
+
+    if cfg.scan_layers:
+        return cache | {
+            "layers": cache["layers"] | {"self": jax.tree.map(gather, cache["layers"]["self"])}
+        }
+    layers = tuple(
+        layer | {"self": jax.tree.map(gather, layer["self"])} for layer in cache["layers"]
+    )
+    return cache | {"layers": layers}

@@ -48,13 +48,17 @@ class T5Config:
       num_encoder_layers: layers of the encoder.
       num_decoder_layers: layers of the decoder.
       mlp_activations: one name for a plain MLP (T5 1.0: relu), two for a gated one (1.1).
-      logits_via_embedding: tie the output to the embedding, rescaled by 1/sqrt(D) (T5 1.0).
+      logits_via_embedding: tie the output to the embedding (T5 1.0).
+      rescale_logits: multiply what enters the output product by 1/sqrt(D); None: as T5 does, where
+        the output is tied.
       dropout_rate: on embeddings, residual branches, MLP and attention weights, in training.
       dtype: of the computation, "float32" or "bfloat16"; parameters are always float32.
       logits_dtype: "float32" or "bfloat16", of what enters the output product, the largest of the
         model; logits are summed up and returned in float32 either way.
       relpos_buckets: buckets of the relative position bias.
       relpos_max_distance: distances from here on share the last bucket.
+      relpos_per_layer: every layer has a bias table of its own (umT5); else those of a stack share
+        one.
       scan_layers: compile one layer and loop (fast to compile) or unroll (faster to run on CPU).
       attention: implementation, a name of `ATTENTION`; all compute the same function.
       remat: what to recompute in the backward pass: "none", "minimal" (keeps matrix products)
@@ -70,11 +74,13 @@ class T5Config:
     num_decoder_layers: int = 8
     mlp_activations: Sequence[str] = ("gelu", "linear")
     logits_via_embedding: bool = False
+    rescale_logits: bool | None = None
     dropout_rate: float = 0.0
     dtype: str = "float32"
     logits_dtype: str = "float32"
     relpos_buckets: int = 32
     relpos_max_distance: int = 128
+    relpos_per_layer: bool = False
     scan_layers: bool = True
     attention: str = "auto"
     remat: str = "none"
@@ -86,6 +92,8 @@ class T5Config:
                 f"one), got {self.mlp_activations!r}."
             )
         object.__setattr__(self, "mlp_activations", tuple(self.mlp_activations))
+        if self.rescale_logits is None:
+            object.__setattr__(self, "rescale_logits", self.logits_via_embedding)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.type in ("int", int) and value < 1:

@@ -140,25 +140,27 @@ def test_one_cached_step_equals_the_row_of_the_whole():
         q, k, v, table, segments, segments
     )
     step = jax.jit(attention.attend_cached)
+    one = lambda x, position: x[:, position : position + 1]  # noqa: E731
     for position in range(6):
-        # What lies behind the position in the cache must not matter.
-        later = np.arange(6)[None, :, None, None] > position
+        # What lies at and behind the position in the cache must not matter.
+        later = np.arange(6)[None, :, None, None] >= position
         found = step(
-            q[:, position : position + 1],
-            np.where(later, np.float32(1e9), k),
-            np.where(later, np.float32(-1e9), v),
+            one(q, position),
+            np.where(later, np.float32(1e9), k).swapaxes(1, 2)[:, None],
+            np.where(later, np.float32(-1e9), v).swapaxes(1, 2)[:, None],
+            one(k, position),
+            one(v, position),
             table,
             jnp.int32(position),
-            segments,
         )
         np.testing.assert_allclose(found[:, 0], whole[:, position], atol=1e-5)
 
 
-def test_cached_cross_attention_sees_every_real_key():
-    q, k, v, _ = arrays(1, 5)
+def test_a_step_over_the_inputs_sees_every_real_key_with_every_continuation():
+    q, k, v, _ = arrays(3, 5)
     real = (PACKED_5 > 0).astype(np.int32)
-    found = jax.jit(attention.attend_cached)(q, k, v, None, None, real)
-    expected = naive(q, k, v, None, np.ones((2, 1), np.int32), real, causal=False)
+    found = jax.jit(attention.attend_inputs)(q, k.swapaxes(1, 2), v.swapaxes(1, 2), real)
+    expected = naive(q, k, v, None, np.ones((2, 3), np.int32), real, causal=False)
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 

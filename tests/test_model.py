@@ -229,8 +229,9 @@ def test_cached_decoding_equals_the_parallel_forward():
 
     @jax.jit
     def advance(params, cache, tokens_B, position):
-        hidden_BD, cache = model.decode_step(CFG, params, cache, tokens_B, position)
-        return model.logits(CFG, params, hidden_BD[:, None])[:, 0], cache
+        layers = model.unstack_decoder(CFG, params)
+        hidden_B1D, cache = model.decode_step(CFG, layers, cache, tokens_B[:, None], position)
+        return model.logits(CFG, params, hidden_B1D)[:, 0], cache
 
     cache, steps = start(PARAMS), []
     for position in range(inputs.shape[1]):
