@@ -17,6 +17,7 @@ PYTHON ?= $(shell for name in $(CANDIDATES); do \
 BIN := .venv/bin
 READY := .venv/ready
 AOT := .venv/aot
+TORCH := .venv/torch-ready
 # Which lock file fits the interpreter of .venv.
 LOCKED = $$($(BIN)/python -c "import sys; print('py311' if sys.version_info < (3, 12) else 'py312')")
 QUICK := not slow and not data and not torch and not aot and not gpu
@@ -34,7 +35,7 @@ test: lint ## lint, type check and the quick tests
 	@echo "==> quick tests"
 	@$(BIN)/pytest -m "$(QUICK)"
 
-test-all: $(READY) $(AOT)/ready ## the tests that need time, the data folder (MTL_JAX_DATA) or a GPU
+test-all: $(TORCH) $(AOT)/ready ## the tests that need time, PyTorch, the data folder (MTL_JAX_DATA) or a GPU
 	@echo "==> the other tests"
 	@$(BIN)/pytest -m "not ($(QUICK)) and not aot"
 	@echo "==> kernels compiled for devices that are not here"
@@ -76,6 +77,11 @@ $(READY): setup.py mtl_jax/__init__.py requirements/py311.txt requirements/py312
 	$(BIN)/python -m pip install -qq -r requirements/$$lock.txt
 	@echo "==> installing mtl_jax"
 	@$(BIN)/python -m pip install -qq --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(TORCH): $(READY) requirements/torch.txt
+	@echo "==> installing requirements/torch.txt (PyTorch and Hugging Face, to compare with)"
+	@$(BIN)/python -m pip install -qq -c requirements/$(LOCKED).txt -r requirements/torch.txt
 	@touch $@
 
 $(AOT)/ready: $(READY) requirements/aot-py311.txt requirements/aot-py312.txt

@@ -18,6 +18,7 @@ REQUIRES = [
     "jaxlib>=0.10.0,!=0.10.2",
     "jinja2>=3.1",
     "markupsafe>=2.1",
+    "ml-dtypes>=0.5",
     "numpy>=2.1",
     "optax>=0.2.6",
     "orbax-checkpoint>=0.12.0",
@@ -26,6 +27,7 @@ REQUIRES = [
     "seqio>=0.0.20",
     "tensorflow>=2.20",
     "tensorflow-datasets>=4.9.9",
+    "tensorstore>=0.1.74",
     "tqdm>=4.66",
 ]
 
@@ -36,9 +38,11 @@ EXTRAS = {
         "jax-cuda12-plugin>=0.10.0,!=0.10.2",
         "nvidia-cuda-nvcc-cu12>=12.9",
     ],
-    # What the train step is measured against.
-    "benchmark": ["torch>=2.9", "transformers>=5.17"],
+    # What steps and decoding are measured against.
+    "benchmark": ["ctranslate2>=4.8", "torch>=2.9", "transformers>=5.17"],
     "cuda": ["jax[cuda12]>=0.10.0"],
+    # Tokenizers that come as tokenizer.json; those with a spiece.model need nothing more.
+    "hf": ["tokenizers>=0.21"],
     "tpu": ["jax[tpu]>=0.10.0"],
     "tensorboard": ["tensorboardX>=2.6.2"],
     "test": [
@@ -48,11 +52,15 @@ EXTRAS = {
         "packaging>=24.0",
         "pytest>=8.3",
         "ruff>=0.12",
+        "safetensors>=0.5",
         "scipy>=1.14",
         # The package itself is built without isolation, so that nothing is fetched twice.
         "setuptools>=77",
         "tensorboardX>=2.6.2",
+        "tokenizers>=0.21",
     ],
+    # What the models are compared with: `make test-all`.
+    "torch": ["torch>=2.9", "transformers>=5.17"],
 }
 
 # The files beside the code, by package. tests/test_wheel.py checks that none is missing.

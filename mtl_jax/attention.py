@@ -193,10 +193,10 @@ def _naive(
     return _weighted_values(logits, seen_BTS, v_BSHK)
 
 
-def attend_cached(
+def step_over_past(
     q_BRHK: jax.Array,
-    k_BRHSK: jax.Array,
-    v_BRHSK: jax.Array,
+    k_BRHKS: jax.Array,
+    v_BRHKS: jax.Array,
     own_k_BRHK: jax.Array,
     own_v_BRHK: jax.Array,
     bias_table: jax.Array,
@@ -206,12 +206,13 @@ def attend_cached(
 ) -> jax.Array:
     """One decoding step of self-attention: the query at `position` over earlier keys and its own.
 
-    The cache is only read; who owns it writes the entry of this step, which is cheaper than a copy.
+    The cache is only read; who owns it writes this step's entry afterwards. Its positions stand
+    last, where a CPU's vectors run over them.
 
     Args:
       q_BRHK: the queries of this step, for each row its R continuations.
-      k_BRHSK: cached keys; those at `position` and later are not seen.
-      v_BRHSK: cached values.
+      k_BRHKS: cached keys; those at `position` and later are not seen.
+      v_BRHKS: cached values.
       own_k_BRHK: the keys of this step.
       own_v_BRHK: the values of this step.
       bias_table: [buckets, heads] of the decoder.
@@ -221,45 +222,40 @@ def attend_cached(
     Returns:
       [B, R, H, K].
     """
-    keys = k_BRHSK.shape[3]
-    distance = jnp.minimum(jnp.arange(keys + 1, dtype=jnp.int32) - position, 0)
-    distance = jnp.where(jnp.arange(keys + 1) == keys, 0, distance)  # the last one is its own
+    keys = k_BRHKS.shape[-1]
+    # The last one is the step's own.
+    distance = jnp.append(jnp.arange(keys, dtype=jnp.int32) - position, jnp.int32(0))
     bucket = relative_position_bucket(
         distance, bidirectional=False, num_buckets=bias_table.shape[0], max_distance=max_distance
     )
     bias_HS = jnp.take(bias_table, bucket, axis=0).T.astype(jnp.float32)
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    logits = jnp.concatenate(
-        [
-            product("BRHK,BRHSK->BRHS", q_BRHK, k_BRHSK),
-            product("BRHK,BRHK->BRH", q_BRHK, own_k_BRHK)[..., None],
-        ],
-        axis=-1,
-    )
-    seen_S = (jnp.arange(keys + 1) < position) | (jnp.arange(keys + 1) == keys)
-    logits = jnp.where(seen_S[None, None, None], logits + bias_HS[None, None], MASKED)
-    weights = jax.nn.softmax(logits, axis=-1).astype(v_BRHSK.dtype)
-    past = jnp.einsum("BRHS,BRHSK->BRHK", weights[..., :-1], v_BRHSK)
-    return past + weights[..., -1:] * own_v_BRHK
+    past = product("BRHK,BRHKS->BRHS", q_BRHK, k_BRHKS)
+    own = product("BRHK,BRHK->BRH", q_BRHK, own_k_BRHK)
+    logits = jnp.concatenate([past, own[..., None]], axis=-1) + bias_HS[None, None]
+    seen_S = jnp.append(distance[:-1] < 0, True)
+    weights = _softmax(logits, seen_S[None, None, None]).astype(v_BRHKS.dtype)
+    out_BRHK = jnp.einsum("BRHS,BRHKS->BRHK", weights[..., :-1], v_BRHKS)
+    return out_BRHK + weights[..., -1:] * own_v_BRHK
 
 
-def attend_inputs(
-    q_BRHK: jax.Array, k_BHLK: jax.Array, v_BHLK: jax.Array, segments_BL: jax.Array
+def step_over_inputs(
+    q_BRHK: jax.Array, k_BHKL: jax.Array, v_BHKL: jax.Array, segments_BL: jax.Array
 ) -> jax.Array:
     """One decoding step of cross-attention: all continuations of a row over its inputs.
 
     Args:
       q_BRHK: the queries of this step.
-      k_BHLK: keys of the inputs, shared by the continuations.
-      v_BHLK: values of the inputs.
+      k_BHKL: keys of the inputs, shared by the continuations.
+      v_BHKL: values of the inputs.
       segments_BL: int32, 0 where there is no input.
 
     Returns:
       [B, R, H, K].
     """
-    logits = jnp.einsum("BRHK,BHLK->BHRL", q_BRHK, k_BHLK, preferred_element_type=jnp.float32)
-    weights = _softmax(logits, (segments_BL > 0)[:, None, None, :]).astype(v_BHLK.dtype)
-    return jnp.einsum("BHRL,BHLK->BRHK", weights, v_BHLK)
+    logits = jnp.einsum("BRHK,BHKL->BHRL", q_BRHK, k_BHKL, preferred_element_type=jnp.float32)
+    weights = _softmax(logits, (segments_BL > 0)[:, None, None, :]).astype(v_BHKL.dtype)
+    return jnp.einsum("BHRL,BHKL->BRHK", weights, v_BHKL)
 
 
 def _weighted_values(logits_BHTS: jax.Array, seen_BTS: jax.Array, v_BSHK: jax.Array) -> jax.Array:

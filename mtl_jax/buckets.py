@@ -110,6 +110,36 @@ def plan(
     ]
 
 
+def plan_window(
+    requests: Sequence[Request], batch_size: int, row_multiple: int = 1, rows: int = 0
+) -> list[Batch]:
+    """Batches for a part of a stream: of one row count, so that few shapes serve all parts.
+
+    Rows are sorted by length, and lengths rounded up to `bucket`s from 16 on.
+
+    Args:
+      requests: rows, either all to be scored or all to be generated.
+      batch_size: rows of a batch at most, a multiple of `row_multiple`.
+      row_multiple: batches have a multiple of so many rows (the data-parallel devices).
+      rows: of every batch; 0: as many as `requests` fill, at most `batch_size`.
+
+    Returns:
+      Batches, the shortest first; each request is in exactly one of them.
+    """
+    rows = rows or _rows(len(requests), batch_size, row_multiple)
+    targets = [sum(len(choice) for choice in request.choices) for request in requests]
+    order = sorted(range(len(requests)), key=lambda i: (len(requests[i].inputs), targets[i], i))
+    batches = []
+    for start in range(0, len(order), rows):
+        part = order[start : start + rows]
+        inputs_length = bucket(max(16, *(len(requests[i].inputs) for i in part)))
+        longest = max(targets[i] for i in part)
+        targets_length = bucket(max(4, longest)) if longest else 0
+        members = tuple(requests[i] for i in part)
+        batches.append(Batch(rows, inputs_length, targets_length, members))
+    return batches
+
+
 def _cheapest_merge(groups: Sequence[_Group], rows_of_count: np.ndarray) -> tuple[float, int, int]:
     """The two groups whose union adds the least padding; of equals the first.
 

@@ -4,6 +4,8 @@ import dataclasses
 import functools
 import json
 import re
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +14,22 @@ import numpy as np
 import seqio
 from jax.sharding import Mesh
 
-from mtl_jax import attention, data, model, optim, sharding, step
+from mtl_jax import (
+    attention,
+    data,
+    model,
+    optim,
+    patterns,
+    placement,
+    restore,
+    sharding,
+    step,
+    tokenizer,
+    vocabulary,
+)
 from mtl_jax.checkpoint import Checkpointer
 from mtl_jax.errors import UserError
-from mtl_jax.evaluate import EvalTask, Evaluator, Placement
+from mtl_jax.evaluate import EvalTask, Evaluator
 from mtl_jax.run_directory import RunDirectory, enable_compile_cache
 
 if TYPE_CHECKING:
@@ -26,7 +40,7 @@ if TYPE_CHECKING:
 MODEL_FIELDS = (
     *("vocab_size", "emb_dim", "num_heads", "head_dim", "mlp_dim", "mlp_activations"),
     *("num_encoder_layers", "num_decoder_layers", "logits_via_embedding"),
-    *("relpos_buckets", "relpos_max_distance"),
+    *("relpos_buckets", "relpos_max_distance", "relpos_per_layer", "rescale_logits"),
 )
 
 
@@ -48,7 +62,7 @@ class Session:
     mesh: jax.sharding.Mesh
     axes: Any
     abstract_state: step.TrainState
-    placement: Placement
+    placement: placement.Placement
 
     @property
     def shardings(self) -> Any:
@@ -69,12 +83,29 @@ class Session:
         """What a checkpoint says of itself."""
         return {"model": dataclasses.asdict(self.config.model), "task_ids": task_ids}
 
-    def fresh_state(self) -> step.TrainState:
-        """A new train state, made in place on the mesh."""
+    def fresh_state(self, given: Mapping[str, jax.Array] | None = None) -> step.TrainState:
+        """A new train state, made in place on the mesh.
+
+        Args:
+          given: parameters that are there already, by path; the others are made.
+        """
+        given = given or {}
+
+        def others(state: step.TrainState) -> step.TrainState:
+            leaves = patterns.by_path(state.params).items()
+            return dataclasses.replace(
+                state, params={path: leaf for path, leaf in leaves if path not in given}
+            )
+
         optimizer = optim.make_optimizer(self.config.optimizer)
-        make = functools.partial(step.init_state, self.config.model, optimizer)
+
+        def make(rng: jax.Array) -> step.TrainState:
+            return others(step.init_state(self.config.model, optimizer, rng))
+
         with sharding.on_mesh(self.mesh):
-            return jax.jit(make, out_shardings=self.shardings)(jax.random.key(self.config.run.seed))
+            jitted = jax.jit(make, out_shardings=others(self.shardings))
+            state = jitted(jax.random.key(self.config.run.seed))
+        return dataclasses.replace(state, params=patterns.as_tree(state.params | given))
 
     def check_model(self, meta: dict[str, Any], place: str | Path) -> None:
         """Refuses a checkpoint of a model that computes something else with the same shapes.
@@ -82,14 +113,21 @@ class Session:
         Raises:
           UserError: names the field of T5 and both values.
         """
+        for difference in self.model_differences(meta):
+            raise UserError(f"The checkpoint {place} is of another architecture: its {difference}.")
+
+    def model_differences(self, meta: dict[str, Any]) -> list[str]:
+        """What a checkpoint's meta says of its model that is not so in this run."""
         saved = meta.get("model", {})
+        if saved:  # older ones lack fields that came later
+            tied = saved.get("logits_via_embedding", False)
+            saved = {"relpos_per_layer": False, "rescale_logits": tied} | saved
         ours = json.loads(json.dumps(dataclasses.asdict(self.config.model)))
-        for field in MODEL_FIELDS:
-            if field in saved and saved[field] != ours[field]:
-                raise UserError(
-                    f"The checkpoint {place} is of another architecture: its T5.{field} is "
-                    f"{saved[field]!r}, this run's is {ours[field]!r}."
-                )
+        return [
+            f"T5.{field} is {saved[field]!r}, this run's is {ours[field]!r}"
+            for field in MODEL_FIELDS
+            if field in saved and saved[field] != ours[field]
+        ]
 
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """One global batch of the training stream as shapes with shardings."""
@@ -162,22 +200,15 @@ def build(config: "Config") -> Session:
     axes = model.param_axes(config.model)
     make = functools.partial(step.init_state, config.model, optim.make_optimizer(config.optimizer))
     shapes = jax.eval_shape(make, jax.random.key(0))
+    optim.check_groups(config.optimizer, shapes.params)
+    restore.plan(config.run.restore_map, patterns.by_path(shapes.params))
     abstract_state = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         shapes,
         sharding.state_shardings(mesh, axes, shapes),
     )
-    rows, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-    placement = Placement(
-        put=lambda arrays: jax.device_put(
-            arrays, jax.tree.map(lambda x: rows if np.ndim(x) else everywhere, arrays)
-        ),
-        replicated=everywhere,
-        row_multiple=mesh.shape["data"] * mesh.shape["fsdp"],
-        context=lambda: sharding.on_mesh(mesh),
-    )
     run = RunDirectory(config.run.directory, primary=jax.process_index() == 0)
-    return Session(config, run, mesh, axes, abstract_state, placement)
+    return Session(config, run, mesh, axes, abstract_state, placement.on_mesh(mesh))
 
 
 def _eval_names(config: "Config") -> list[str]:
@@ -200,7 +231,7 @@ def _check_evaluation(config: "Config") -> None:
 def _check_vocabulary(config: "Config", names: list[str]) -> None:
     if not names:
         return
-    size = data.vocabulary_size(names)
+    size = int(data.vocabulary(names).vocab_size)
     if size > config.model.vocab_size:
         raise UserError(
             f"The tasks' vocabulary has {size} ids but T5.vocab_size = {config.model.vocab_size}: "
@@ -215,31 +246,86 @@ def open_checkpoint(path: str) -> tuple[Checkpointer, int | None]:
       path: a run directory, its `checkpoints` folder, or one step in it.
 
     Raises:
-      UserError: there is no checkpoint at that path.
+      UserError: there is no checkpoint at that path, or one of another program.
     """
     folder, number = Path(path).expanduser(), None
+    if not folder.is_dir():
+        raise UserError(f"No checkpoint at {folder}: it is {_what(folder)}.")
+    if foreign := _foreign(folder):
+        raise UserError(
+            f"{folder} holds a checkpoint of {foreign}, not of mtl_jax: run `mtl-jax convert "
+            f"{path} DST --to mtl_jax` first, and name DST instead."
+        )
     if re.fullmatch(r"\d+", folder.name) and folder.parent.name == "checkpoints":
         folder, number = folder.parent, int(folder.name)
     elif (folder / "checkpoints").is_dir():
         folder = folder / "checkpoints"
     checkpointer = Checkpointer(folder, read_only=True)
     if checkpointer.latest() is None:
-        raise UserError(f"No checkpoint in {folder}: name a run directory or a step in it.")
+        raise UserError(
+            f"No checkpoint of mtl_jax in {folder}: name a run directory or a step in it. One of "
+            f"another program is converted first: `mtl-jax convert {path} DST --to mtl_jax`."
+        )
     return checkpointer, number
 
 
+def _what(folder: Path) -> str:
+    return "a file, not a folder" if folder.exists() else "not there"
+
+
+def _foreign(folder: Path) -> str:
+    """The program whose checkpoint lies in a folder, or nothing."""
+    weights = [p for kind in ("*.safetensors", "*.bin", "*.index.json") for p in folder.glob(kind)]
+    if (folder / "config.json").is_file() and weights:
+        return "Hugging Face"
+    # A T5X checkpoint: a folder of arrays beside one file that lists them.
+    is_t5x = (folder / "checkpoint").is_file() and not any(folder.glob("*.index"))
+    return "T5X" if is_t5x else ""
+
+
 def start_state(session: Session) -> step.TrainState:
-    """Fresh parameters, or those of `Run.restore_from`."""
+    """Fresh parameters, or those of `Run.restore_from`; says on standard error which.
+
+    Raises:
+      UserError: the checkpoint is not there, or does not fit this run or `Run.restore_map`.
+    """
     cfg = session.config.run
     if not cfg.restore_from:
         return session.fresh_state()
-    if cfg.restore_optimizer == "keep":
-        checkpointer, number = open_checkpoint(cfg.restore_from)
-        with checkpointer:
-            session.check_model(checkpointer.meta(number), cfg.restore_from)
-            return checkpointer.restore(number, session.abstract_state)[0]
-    params, _ = load_params(session, cfg.restore_from)
-    return dataclasses.replace(session.fresh_state(), params=params)
+    checkpointer, number = open_checkpoint(cfg.restore_from)
+    with checkpointer:
+        number = checkpointer.latest() if number is None else number
+        meta = checkpointer.meta(number)
+        place = f"{cfg.restore_from} at step {number:,}"
+        if not cfg.restore_map:
+            session.check_model(meta, cfg.restore_from)
+        if cfg.restore_optimizer == "keep":
+            state = checkpointer.restore(number, session.abstract_state)[0]
+            print(f"Restored parameters and optimizer state from {place}", file=sys.stderr)
+            return state
+        if not cfg.restore_map:
+            params, _ = checkpointer.restore_parameters(number, session.abstract_state.params)
+            print(f"Restored the parameters from {place}; a fresh optimizer", file=sys.stderr)
+            return session.fresh_state(patterns.by_path(params))
+        return _mapped_state(session, checkpointer, number, place)
+
+
+def _mapped_state(
+    session: Session, checkpointer: Checkpointer, number: int | None, place: str
+) -> step.TrainState:
+    wanted = patterns.by_path(session.abstract_state.params)
+    stored = checkpointer.parameters(number)
+    made = restore.plan(session.config.run.restore_map, wanted)
+    restore.check(made, wanted, stored, place)
+    given: dict[str, jax.Array] = {}
+    for part in restore.rounds(made):
+        tree = patterns.as_tree({source: wanted[path] for source, path in part.items()})
+        found, _ = checkpointer.restore_parameters(number, tree, some=True)
+        given |= {part[source]: array for source, array in patterns.by_path(found).items()}
+    print(restore.summary(made, wanted, stored, place), file=sys.stderr)
+    for difference in session.model_differences(checkpointer.meta(number)):
+        print(f"  another architecture: its {difference}", file=sys.stderr)
+    return session.fresh_state(given)
 
 
 def load_params(session: Session, path: str) -> tuple[model.Params, int]:
@@ -270,3 +356,23 @@ def mixture_text(session: Session) -> str:
         examples = "unknown" if row.examples is None else f"{row.examples:,}"
         lines.append(f"{row.task:<{width}}  {examples:>10}  {row.rate:>12,.2f}  {row.share:>7.2%}")
     return "\n".join(lines) + "\n"
+
+
+def tokenizer_files(session: Session) -> dict[str, bytes]:
+    """What the run directory keeps beside its checkpoints, so that they can be used alone.
+
+    The tasks' vocabulary, and all that the checkpoint carries along from which the run starts: it
+    goes back to Hugging Face with the run's.
+    """
+    cfg = session.config
+    shared = data.vocabulary(data.task_names(cfg.data.mixture))
+    # Vocabularies of other kinds are for tasks that are never read outside of their run.
+    known = (seqio.SentencePieceVocabulary, seqio.ByteVocabulary, vocabulary.TokenizerVocabulary)
+    files = vocabulary.files(shared) if isinstance(shared, known) else {}
+    if cfg.run.restore_from:
+        checkpointer, _ = open_checkpoint(cfg.run.restore_from)
+        checkpointer.close()
+        folder = checkpointer.directory.parent / tokenizer.FOLDER
+        if folder.is_dir():
+            files |= {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    return files

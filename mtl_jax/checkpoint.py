@@ -20,7 +20,9 @@ from mtl_jax.errors import UserError, suggest
 from mtl_jax.storage import storage_errors
 
 _ITEMS = ("state", "data_state", "meta")
+_PARAMS = "params/"
 _NAMES_SHOWN = 5
+_CHUNK_BYTES = 1 << 26
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +140,7 @@ class Checkpointer:
                 f"{steps[-1]}. Continue from that one, or train into a new run directory."
             )
         items = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(state),
+            state=ocp.args.PyTreeSave(state, save_args=jax.tree.map(_save_args, state)),
             data_state=ocp.args.JsonSave(dict(data_state)),
             meta=ocp.args.JsonSave(dict(meta)),
         )
@@ -179,17 +181,18 @@ class Checkpointer:
           RuntimeError: of JAX, unchanged, where the memory does not suffice.
         """
         step = self._existing(step)
-        self._check_tensors(step, _tensors(abstract_state))
+        self._check_tensors(step, _tensors(abstract_state), self._stored(step))
         return self._read(step, abstract_state, partial=False)
 
     def restore_parameters(
-        self, step: int | None, abstract_parameters: Any
+        self, step: int | None, abstract_parameters: Any, *, some: bool = False
     ) -> tuple[Any, dict[str, Any]]:
         """Restores only `state.params`, as evaluation needs it, reading nothing of the optimizer.
 
         Args:
           step: which one; None for the newest.
           abstract_parameters: like `abstract_state` of `restore`, for the parameters alone.
+          some: the checkpoint may hold others, which are not read.
 
         Returns:
           The parameters (jax arrays, same tree) and the meta.
@@ -198,10 +201,17 @@ class Checkpointer:
           UserError: as `restore`.
         """
         step = self._existing(step)
-        wanted = {"params": abstract_parameters}
-        self._check_tensors(step, _tensors(wanted), prefix="params/")
-        state, _, meta = self._read(step, wanted, partial=True)
+        wanted = _tensors({"params": abstract_parameters})
+        stored = self._stored(step)
+        names = [name for name in stored if _is_param(name) and (name in wanted or not some)]
+        self._check_tensors(step, wanted, {name: stored[name] for name in names})
+        state, _, meta = self._read(step, {"params": abstract_parameters}, partial=True)
         return state["params"], meta
+
+    def parameters(self, step: int | None) -> dict[str, Any]:
+        """Shapes and dtypes of a checkpoint's parameters by path, without reading any array."""
+        stored = self._stored(self._existing(step))
+        return {name.removeprefix(_PARAMS): x for name, x in stored.items() if _is_param(name)}
 
     def meta(self, step: int | None = None) -> dict[str, Any]:
         """Returns the meta of a checkpoint (None for the newest) without reading any array."""
@@ -284,38 +294,51 @@ class Checkpointer:
             )
         return step
 
-    def _check_tensors(self, step: int, wanted: dict[str, Any], prefix: str = "") -> None:
-        """Compares names, shapes and dtypes with what is on disk, before anything is read."""
+    def _stored(self, step: int) -> dict[str, Any]:
+        """Shapes and dtypes on disk by path, without reading any array."""
         with self._damage_errors(step):
             metadata = self._manager.item_metadata(step).state
             if metadata is None:
                 # Orbax answers so too where the folder may not be read; this raises the reason.
                 list((self.directory / str(step) / _ITEMS[0]).iterdir())
                 raise FileNotFoundError("the description of its tensors is missing")
-            stored = _tensors(metadata.tree)
-        stored = {name: leaf for name, leaf in stored.items() if name.startswith(prefix)}
+            return _tensors(metadata.tree)
+
+    def _check_tensors(self, step: int, wanted: dict[str, Any], stored: dict[str, Any]) -> None:
+        """Compares names, shapes and dtypes with what is on disk, before anything is read."""
+        place = f"The checkpoint of step {step} in {self.directory}"
+        shared = wanted.keys() & stored.keys()
+        differing = [name for name in shared if _describe(wanted[name]) != _describe(stored[name])]
+        missing = sorted(wanted.keys() - stored.keys(), key=_params_first)
+        extra = sorted(stored.keys() - wanted.keys(), key=_params_first)
+        only_params = all(map(_is_param, stored)) and not any(map(_is_param, missing))
+        if missing and only_params and not differing and not extra:
+            raise UserError(
+                f"{place} holds parameters but no optimizer state: start from it in a new run "
+                "directory, by Run.restore_from with Run.restore_optimizer = 'drop'."
+            )
         problems = []
-        for name in sorted(wanted.keys() & stored.keys()):
+        for name in sorted(differing, key=_params_first)[:1]:
             ours, theirs = _describe(wanted[name]), _describe(stored[name])
-            if ours != theirs:
-                problems.append(
-                    f"tensor {name} is {theirs} in the checkpoint and {ours} in the run"
-                )
-                break
-        missing, extra = (
-            sorted(wanted.keys() - stored.keys()),
-            sorted(stored.keys() - wanted.keys()),
-        )
+            problems.append(f"tensor {name} is {theirs} in the checkpoint and {ours} in the run")
         if missing:
             problems.append(f"the checkpoint lacks {_enumerate(missing)}")
         if extra:
             problems.append(f"the run has no place for {_enumerate(extra)}")
-        if problems:
+        if not problems:
+            return
+        different = "; ".join(problems)
+        if any(map(_is_param, [*differing, *missing, *extra])):
             raise UserError(
-                f"The checkpoint of step {step} in {self.directory} does not fit this run's model "
-                f"or optimizer: {'; '.join(problems)}. Use the configuration it was trained with, "
-                "or another run directory."
+                f"{place} does not fit this run's model or optimizer: {different}. Use the "
+                "configuration it was trained with, or another run directory."
             )
+        raise UserError(
+            f"{place} fits this run's model, but not its optimizer: {different}. Give "
+            "Optimizer.name, Optimizer.freeze and the like the values it was trained with, or "
+            "start from its parameters in a new run directory, by Run.restore_from with "
+            "Run.restore_optimizer = 'drop'."
+        )
 
     def _read(
         self, step: int, abstract: Any, *, partial: bool
@@ -367,6 +390,19 @@ def _item_handlers() -> dict[str, Any]:
         data_state: ocp.JsonCheckpointHandler(),
         meta: ocp.JsonCheckpointHandler(),
     }
+
+
+def _save_args(leaf: Any) -> ocp.SaveArgs:
+    """Arrays are cut along their first axis, so that a layer can be read without its stack."""
+    return ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,) if leaf.ndim else ())
+
+
+def _is_param(name: str) -> bool:
+    return name.startswith(_PARAMS)
+
+
+def _params_first(name: str) -> tuple[bool, str]:
+    return not _is_param(name), name
 
 
 def _tensors(tree: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The command line: `mtl-jax train | eval | tasks | report`.
+"""The command line: `mtl-jax train | eval | infer | convert | tasks | report`.
 
 Only the standard library is imported here; each command's modules are imported when it runs, so
 that help and usage errors come at once. Exit status: 0 success, 1 a user's mistake (one line on
@@ -78,6 +78,67 @@ def _eval_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _infer_flags(parser: argparse.ArgumentParser) -> None:
+    add_config_flags(parser)
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        metavar="DIR",
+        help="a run directory or one step in it, a converted checkpoint, a Hugging Face folder",
+    )
+    parser.add_argument(
+        "--input",
+        required=True,
+        metavar="FILE",
+        help='rows {"inputs": ..., "targets": ..., "prefix": ...}, one JSON object a line; targets '
+        "(a text or a list of texts) for --mode score, prefix to be continued, if given",
+    )
+    parser.add_argument(
+        "--output",
+        required=True,
+        metavar="FILE",
+        help="the same rows with prediction or score; an unfinished file is continued",
+    )
+    parser.add_argument(
+        "--mode", choices=("generate", "score"), default="generate", help="default: %(default)s"
+    )
+
+
+def _convert_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source",
+        metavar="SRC",
+        help="a Hugging Face directory, a T5X checkpoint, a run directory or one of its "
+        "checkpoints, or a converted checkpoint; which of them is found out",
+    )
+    parser.add_argument("target", metavar="DST", help="a new folder")
+    parser.add_argument("--to", required=True, choices=("hf", "mtl_jax"), help="the format of DST")
+    parser.add_argument("--step", type=int, help="of a run; default: the newest")
+    parser.add_argument(
+        "--tokenizer",
+        metavar="PATH",
+        help="a spiece.model or a folder of tokenizer files to carry along instead of SRC's",
+    )
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of --to hf's tensors"
+    )
+    parser.add_argument(
+        "--max_shard_size", default="5GB", metavar="SIZE", help="of --to hf's files, such as 500MiB"
+    )
+    parser.add_argument(
+        "--relpos_max_distance",
+        type=int,
+        metavar="N",
+        help="T5.relpos_max_distance of a T5X checkpoint, which does not tell it; default: 128",
+    )
+    parser.add_argument(
+        "--mlp_activations",
+        metavar="NAMES",
+        help="T5.mlp_activations of a T5X checkpoint, with commas; default: relu, or gelu,linear "
+        "where it has a gate",
+    )
+
+
 def _report_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="folder of a finished run")
 
@@ -114,6 +175,22 @@ COMMANDS = {
         "evaluate_main",
         "mtl-jax eval --gin_file=runs/quickstart/config.gin --gin.Eval.split=test",
         reads_data=True,
+    ),
+    "infer": Command(
+        "generate or score the rows of a JSONL file",
+        _infer_flags,
+        "mtl_jax.infer",
+        "main",
+        "mtl-jax infer --checkpoint=runs/quickstart --input=in.jsonl --output=out.jsonl \\\n"
+        "    --gin.Generate.method=beam --gin.Generate.num_beams=4",
+    ),
+    "convert": Command(
+        "convert a checkpoint from Hugging Face, T5X or mtl_jax to Hugging Face or mtl_jax",
+        _convert_flags,
+        "mtl_jax.interop.convert",
+        "main",
+        "mtl-jax convert t5-v1_1-base converted --to mtl_jax\n"
+        "  mtl-jax convert runs/quickstart exported --to hf --step 1000",
     ),
     "tasks": Command(
         "list the registered tasks, or show examples of one",
@@ -218,7 +295,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     command = COMMANDS[args.command]
     try:
-        if hasattr(args, "gin_file"):
+        if command.reads_data and hasattr(args, "gin_file"):
             # Mistakes in it are told now, not after TensorFlow's ten seconds of import.
             importlib.import_module("mtl_jax.config").load_args(args)
         # Orbax reports every file it writes.

@@ -40,7 +40,7 @@ from mtl_jax.mixtures import (
     mixture_table,
     rates_of,
     task_names,
-    vocabulary_size,
+    vocabulary,
 )
 from mtl_jax.packing import (
     COUNTERS,
@@ -68,7 +68,7 @@ __all__ = [
     "mixture_table",
     "rates_of",
     "task_names",
-    "vocabulary_size",
+    "vocabulary",
 ]
 
 _STATE_VERSION = 2

@@ -4,10 +4,8 @@ The examples of all tasks go through the model together, sorted into a few shape
 their tasks for the metrics. Results are rows of `results.jsonl`, predictions one file per task.
 """
 
-import contextlib
-import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from mtl_jax.errors import UserError
 from mtl_jax.eval_task import EvalConfig, EvalExample, EvalTask
 from mtl_jax.model import Params
 from mtl_jax.model_config import T5Config
+from mtl_jax.placement import Placement
 from mtl_jax.results import Outcome, Row
 
 __all__ = [
@@ -28,23 +27,6 @@ __all__ = [
     "Evaluator",
     "Placement",
 ]
-
-
-@dataclasses.dataclass(frozen=True)
-class Placement:
-    """How batches get to the devices and results come back, where parameters are sharded.
-
-    Attributes:
-      put: from a tree of numpy arrays [rows, ...], the same in every process, to device arrays.
-      replicated: sharding of the results, such that each process can read them; None: leave it.
-      row_multiple: batches have a multiple of so many rows.
-      context: entered around each call of the model (mesh, axis rules).
-    """
-
-    put: Callable[[Any], Any] = jax.device_put
-    replicated: Any = None
-    row_multiple: int = 1
-    context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 
 
 class Evaluator:
@@ -163,7 +145,7 @@ class Evaluator:
             arrays |= _encoder_arrays(batch)
             return self._score(params, self._placement.put(arrays), num_choices=num_choices)
 
-        for batch, (scores_BC, lengths_BC) in self._dispatch(batches, dispatch):
+        for batch, (scores_BC, lengths_BC) in self._placement.pipelined(batches, dispatch):
             for i, request in enumerate(batch.requests):
                 (outcome, ranked), count = request.key, len(request.choices)
                 if ranked:
@@ -181,29 +163,15 @@ class Evaluator:
             arrays = _encoder_arrays(batch) | {"eos_ids": eos_ids_B1}
             return self._generate(params, self._placement.put(arrays))
 
-        for batch, tokens_BT in self._dispatch(batches, dispatch):
+        for batch, tokens_BT in self._placement.pipelined(batches, dispatch):
             for i, request in enumerate(batch.requests):
                 outcome, eos_id = request.key
                 outcome.generated = _text_tokens(tokens_BT[i].tolist(), eos_id)
             yield len(batch.requests)
 
-    def _dispatch(
-        self, batches: Iterable[buckets.Batch], dispatch: Callable[[buckets.Batch], Any]
-    ) -> Iterator[tuple[buckets.Batch, Any]]:
-        """Yields each batch with its result as numpy, one batch behind the device."""
-        waiting = None
-        for batch in batches:
-            with self._placement.context():
-                result = dispatch(batch)
-            if waiting is not None:
-                yield waiting[0], jax.device_get(waiting[1])
-            waiting = batch, result
-        if waiting is not None:
-            yield waiting[0], jax.device_get(waiting[1])
-
     def _score_batch(self, params: Params, batch: dict[str, Any], *, num_choices: int) -> Any:
         self.compiled_shapes += 1  # this body runs only when it is traced
-        return self._replicate(
+        return self._placement.replicate(
             decode.score_choices(
                 self._model,
                 params,
@@ -218,7 +186,7 @@ class Evaluator:
 
     def _generate_batch(self, params: Params, batch: dict[str, Any]) -> Any:
         self.compiled_shapes += 1
-        return self._replicate(
+        return self._placement.replicate(
             decode.greedy(
                 self._model,
                 params,
@@ -228,10 +196,6 @@ class Evaluator:
                 batch["eos_ids"][:, 0],
             )
         )
-
-    def _replicate(self, tree: Any) -> Any:
-        sharding = self._placement.replicated
-        return tree if sharding is None else jax.lax.with_sharding_constraint(tree, sharding)
 
 
 def _text_tokens(generated: list[int], eos_id: int) -> list[int]:

@@ -1,7 +1,7 @@
 """The blocks of a T5 as Flax Linen modules; `model.py` puts them together.
 
 Letters: B batch, L encoder length, T decoder length, S key length, D embedding, H heads,
-K head dimension, E = H*K joined heads, F mlp, V vocabulary, N layers, R continuations of a row.
+K head dimension, E = H*K joined heads, F mlp, V vocabulary, N layers.
 """
 
 import functools
@@ -15,8 +15,6 @@ import numpy as np
 
 from mtl_jax import attention
 from mtl_jax.model_config import ACTIVATIONS, REMAT, T5Config
-
-Cache = dict[str, jax.Array]
 
 fan_in = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
 
@@ -49,8 +47,21 @@ class Dense(nn.Module):
         return jnp.dot(rows, kernel.astype(self.dtype)).reshape(*x.shape[:-1], self.features)
 
 
+def rms_norm(x: jax.Array, scale: jax.Array, dtype: str) -> jax.Array:
+    """Root-mean-square norm with a scale and no mean or bias (T5), computed in float32.
+
+    Args:
+      x: [..., D].
+      scale: [D].
+      dtype: of the result.
+    """
+    x = x.astype(jnp.float32)
+    x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
+    return (x * scale.reshape((1,) * (x.ndim - 1) + scale.shape)).astype(dtype)
+
+
 class LayerNorm(nn.Module):
-    """Root-mean-square norm with a scale and no mean or bias (T5), computed in float32."""
+    """`rms_norm` with its scale."""
 
     dtype: str
 
@@ -63,13 +74,11 @@ class LayerNorm(nn.Module):
             (x.shape[-1],),
             jnp.float32,
         )
-        x = x.astype(jnp.float32)
-        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
-        return (x * scale.reshape((1,) * (x.ndim - 1) + scale.shape)).astype(self.dtype)
+        return rms_norm(x, scale, self.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _activated(names: tuple[str, ...], branches: tuple[jax.Array, ...]) -> jax.Array:
+def activated(names: tuple[str, ...], branches: tuple[jax.Array, ...]) -> jax.Array:
     """The product of the activated branches, each [..., F].
 
     Its gradient keeps the branches alone, which the products before it keep anyway, and computes
@@ -79,15 +88,15 @@ def _activated(names: tuple[str, ...], branches: tuple[jax.Array, ...]) -> jax.A
     return math.prod(ACTIVATIONS[n](x) for n, x in zip(names, branches, strict=True))
 
 
-def _activated_forward(names: tuple[str, ...], branches: tuple[jax.Array, ...]) -> Any:
-    return _activated(names, branches), branches
+def _activation_forward(names: tuple[str, ...], branches: tuple[jax.Array, ...]) -> Any:
+    return activated(names, branches), branches
 
 
-def _activated_backward(names: tuple[str, ...], branches: Any, gradient: jax.Array) -> Any:
-    return jax.vjp(functools.partial(_activated.fun, names), branches)[1](gradient)
+def _activation_backward(names: tuple[str, ...], branches: Any, gradient: jax.Array) -> Any:
+    return jax.vjp(functools.partial(activated.fun, names), branches)[1](gradient)
 
 
-_activated.defvjp(_activated_forward, _activated_backward)
+activated.defvjp(_activation_forward, _activation_backward)
 
 
 class Mlp(nn.Module):
@@ -107,7 +116,7 @@ class Mlp(nn.Module):
             )
             for i in range(len(cfg.mlp_activations))
         )
-        h_BLF = _activated(cfg.mlp_activations, branches)
+        h_BLF = activated(cfg.mlp_activations, branches)
         h_BLF = dropout(cfg, self.deterministic)(h_BLF)
         h_BLF = nn.with_logical_constraint(h_BLF, ("batch", "length", "mlp"))
         return Dense(cfg.emb_dim, ("mlp", "embed"), cfg.dtype, name="wo")(h_BLF)
@@ -131,32 +140,13 @@ class RelativeBias(nn.Module):
 
 
 class Attention(nn.Module):
-    """Projections around `attention.attend`; with a cache, one decoding step."""
+    """Projections around `attention.attend`."""
 
     cfg: T5Config
     deterministic: bool
     causal: bool = False
 
-    def setup(self) -> None:
-        """Makes the parts, which both ways of calling share."""
-        cfg = self.cfg
-        joined = cfg.num_heads * cfg.head_dim
-        query_init = functools.partial(_query_init, head_dim=cfg.head_dim)
-        self.query = Dense(joined, ("embed", "joined_kv"), cfg.dtype, query_init)
-        self.key = Dense(joined, ("embed", "joined_kv"), cfg.dtype)
-        self.value = Dense(joined, ("embed", "joined_kv"), cfg.dtype)
-        self.out = Dense(cfg.emb_dim, ("joined_kv", "embed"), cfg.dtype)
-
-    def project(self, dense: Dense, x_BTD: jax.Array) -> jax.Array:
-        """[B, T, D] -> [B, T, H, K]."""
-        y = dense(x_BTD)
-        y = y.reshape(*y.shape[:-1], self.cfg.num_heads, self.cfg.head_dim)
-        return nn.with_logical_constraint(y, ("batch", "length", "heads", "kv"))
-
-    def join(self, out_BTHK: jax.Array) -> jax.Array:
-        """[B, T, H, K] -> [B, T, D]."""
-        return self.out(out_BTHK.reshape(*out_BTHK.shape[:-2], -1))
-
+    @nn.compact
     def __call__(
         self,
         x_BTD: jax.Array,
@@ -165,13 +155,22 @@ class Attention(nn.Module):
         q_segments_BT: jax.Array,
         kv_segments_BS: jax.Array,
     ) -> jax.Array:
-        """[B, T, D], of all positions at once."""
+        """[B, T, D]; `incremental.py` does the same for one position at a time."""
         cfg = self.cfg
+        heads = (cfg.num_heads, cfg.head_dim)
+
+        def project(name: str, y: jax.Array, init: Any = fan_in) -> jax.Array:
+            dense = Dense(
+                cfg.num_heads * cfg.head_dim, ("embed", "joined_kv"), cfg.dtype, init, name=name
+            )
+            y = dense(y).reshape(*y.shape[:-1], *heads)
+            return nn.with_logical_constraint(y, ("batch", "length", "heads", "kv"))
+
         use_dropout = not self.deterministic and cfg.dropout_rate > 0.0
         out_BTHK = attention.attend(
-            self.project(self.query, x_BTD),
-            self.project(self.key, kv_BSD),
-            self.project(self.value, kv_BSD),
+            project("query", x_BTD, functools.partial(_query_init, head_dim=cfg.head_dim)),
+            project("key", kv_BSD),
+            project("value", kv_BSD),
             bias_table,
             q_segments_BT,
             kv_segments_BS,
@@ -182,33 +181,8 @@ class Attention(nn.Module):
             dropout_rng=self.make_rng("dropout") if use_dropout else None,
             impl=cfg.attention,
         )
-        return self.join(out_BTHK)
-
-    def step(
-        self, x_BRD: jax.Array, cache: Cache, bias_table: jax.Array, position: jax.Array
-    ) -> tuple[jax.Array, Cache]:
-        """One step over earlier ones: [B, R, D], and the entry [B, R, H, K] for the cache."""
-        key, value = self.project(self.key, x_BRD), self.project(self.value, x_BRD)
-        out_BRHK = attention.attend_cached(
-            self.project(self.query, x_BRD),
-            cache["key"],
-            cache["value"],
-            key,
-            value,
-            bias_table,
-            position,
-            max_distance=self.cfg.relpos_max_distance,
-        )
-        return self.join(out_BRHK), {"key": key, "value": value}
-
-    def step_over_inputs(
-        self, x_BRD: jax.Array, inputs: Cache, segments_BL: jax.Array
-    ) -> jax.Array:
-        """One step over the keys and values of `model.start_cache`: [B, R, D]."""
-        query = self.project(self.query, x_BRD)
-        return self.join(
-            attention.attend_inputs(query, inputs["key"], inputs["value"], segments_BL)
-        )
+        out = out_BTHK.reshape(*x_BTD.shape[:-1], -1)
+        return Dense(cfg.emb_dim, ("joined_kv", "embed"), cfg.dtype, name="out")(out)
 
 
 class EncoderLayer(nn.Module):
@@ -244,19 +218,7 @@ class DecoderLayer(nn.Module):
     cfg: T5Config
     deterministic: bool
 
-    def setup(self) -> None:
-        """Makes the parts, which both ways of calling share."""
-        cfg = self.cfg
-        if cfg.relpos_per_layer:
-            self.relpos_bias = RelativeBias(cfg)
-        self.pre_self_attention_layer_norm = LayerNorm(cfg.dtype)
-        self.self_attention = Attention(cfg, self.deterministic, causal=True)
-        self.pre_cross_attention_layer_norm = LayerNorm(cfg.dtype)
-        self.encoder_decoder_attention = Attention(cfg, self.deterministic)
-        self.pre_mlp_layer_norm = LayerNorm(cfg.dtype)
-        self.mlp = Mlp(cfg, self.deterministic)
-        self.drop = dropout(cfg, self.deterministic)
-
+    @nn.compact
     def __call__(
         self,
         x_BTD: jax.Array,
@@ -264,37 +226,23 @@ class DecoderLayer(nn.Module):
         bias_table: jax.Array | None,
         segments: dict[str, jax.Array],
     ) -> tuple[jax.Array, None]:
-        """The residual stream; None for `nn.scan`."""
-        bias_table = self.relpos_bias() if bias_table is None else bias_table
-        h = self.pre_self_attention_layer_norm(x_BTD)
-        h = self.self_attention(h, h, bias_table, segments["self_q"], segments["self_kv"])
-        x_BTD = x_BTD + self.drop(h)
-        h = self.pre_cross_attention_layer_norm(x_BTD)
-        h = self.encoder_decoder_attention(
+        """The residual stream, and None, as `EncoderLayer`."""
+        cfg, drop = self.cfg, dropout(self.cfg, self.deterministic)
+        if bias_table is None:
+            bias_table = RelativeBias(cfg, name="relpos_bias")()
+        h = LayerNorm(cfg.dtype, name="pre_self_attention_layer_norm")(x_BTD)
+        h = Attention(cfg, self.deterministic, causal=True, name="self_attention")(
+            h, h, bias_table, segments["self_q"], segments["self_kv"]
+        )
+        x_BTD = x_BTD + drop(h)
+        h = LayerNorm(cfg.dtype, name="pre_cross_attention_layer_norm")(x_BTD)
+        h = Attention(cfg, self.deterministic, name="encoder_decoder_attention")(
             h, encoded_BLD, None, segments["cross_q"], segments["cross_kv"]
         )
-        x_BTD = x_BTD + self.drop(h)
-        x_BTD = x_BTD + self.drop(self.mlp(self.pre_mlp_layer_norm(x_BTD)))
+        x_BTD = x_BTD + drop(h)
+        h = LayerNorm(cfg.dtype, name="pre_mlp_layer_norm")(x_BTD)
+        x_BTD = x_BTD + drop(Mlp(cfg, self.deterministic, name="mlp")(h))
         return nn.with_logical_constraint(x_BTD, ("batch", "length", "embed")), None
-
-    def step(
-        self,
-        x_BRD: jax.Array,
-        cache: dict[str, Cache],
-        bias_table: jax.Array | None,
-        segments_BL: jax.Array,
-        position: jax.Array,
-    ) -> tuple[jax.Array, Cache]:
-        """One decoding step: the residual stream, and this layer's entry for the cache."""
-        bias_table = self.relpos_bias() if bias_table is None else bias_table
-        h = self.pre_self_attention_layer_norm(x_BRD)
-        h, entry = self.self_attention.step(h, cache["self"], bias_table, position)
-        x_BRD = x_BRD + h
-        h = self.pre_cross_attention_layer_norm(x_BRD)
-        x_BRD = x_BRD + self.encoder_decoder_attention.step_over_inputs(
-            h, cache["cross"], segments_BL
-        )
-        return x_BRD + self.mlp(self.pre_mlp_layer_norm(x_BRD)), entry
 
 
 def dropout(cfg: T5Config, deterministic: bool) -> nn.Dropout:

@@ -257,8 +257,8 @@ def mixture_table(mixture: str, split: str = "train") -> list[MixtureRow]:
     return rows
 
 
-def vocabulary_size(names: Iterable[str]) -> int:
-    """Returns the number of tokens (with extra ids) of the vocabulary that the tasks share.
+def vocabulary(names: Iterable[str]) -> seqio.Vocabulary:
+    """Returns the vocabulary that the tasks share.
 
     Raises:
         UserError: the tasks, or the two sides of one, have different vocabularies.
@@ -267,17 +267,17 @@ def vocabulary_size(names: Iterable[str]) -> int:
     for name in names:
         for side, feature in seqio.TaskRegistry.get(name).output_features.items():
             label = f"{name} ({side})"
-            for other, vocabulary in seen.items():
-                if vocabulary != feature.vocabulary:
+            for other, known in seen.items():
+                if known != feature.vocabulary:
                     raise UserError(
-                        f"The tasks have different vocabularies: {other} has {vocabulary}, "
+                        f"The tasks have different vocabularies: {other} has {known}, "
                         f"{label} has {feature.vocabulary}. One model has one vocabulary."
                     )
             if not seen:
                 seen[label] = feature.vocabulary
     if not seen:
         raise UserError("There are no tasks, so there is no vocabulary.")
-    return int(next(iter(seen.values())).vocab_size)
+    return next(iter(seen.values()))
 
 
 def check_split(task: seqio.Task, split: str) -> None:

@@ -4,7 +4,7 @@ Names of parameters are T5X's; the layers of a stack are stored stacked, as `[la
 `scan_layers` chooses between a loop and an unrolled graph: same parameters, same numbers.
 
 Letters: B batch, L encoder length, T decoder length, S key length, D embedding, H heads,
-K head dimension, E = H*K joined heads, F mlp, V vocabulary, N layers, R continuations of a row.
+K head dimension, E = H*K joined heads, F mlp, V vocabulary, N layers.
 """
 
 import dataclasses
@@ -23,6 +23,7 @@ from mtl_jax.layers import (
     RelativeBias,
     dropout,
     fan_in,
+    rms_norm,
     stack,
 )
 from mtl_jax.model_config import T5Config
@@ -33,15 +34,12 @@ __all__ = [
     "T5Config",
     "abstract_params",
     "decode",
-    "decode_step",
     "encode",
     "init",
     "logits",
     "output_params",
     "param_axes",
-    "reorder_cache",
-    "start_cache",
-    "unstack_decoder",
+    "unstack_encoder",
 ]
 
 
@@ -142,10 +140,6 @@ class Decoder(nn.Module):
         x_BTD, _ = self.layers(self.dropout(x_BTD), encoded_BLD, bias_table, segments)
         return self.dropout(self.decoder_norm(x_BTD))
 
-    def normed(self, x_BRD: jax.Array) -> jax.Array:
-        """The final norm alone, for a decoding step."""
-        return self.decoder_norm(x_BRD)
-
     def logits(self, hidden_BTD: jax.Array, embedding_VD: jax.Array | None) -> jax.Array:
         """`embedding_VD` is for tied models."""
         # float32 whatever the rest computes in: its rounding goes straight into the loss.
@@ -182,9 +176,6 @@ class T5(nn.Module):
 
     def decode(self, tokens_BT: jax.Array, *args: Any) -> Any:
         return self.decoder(self.embed(tokens_BT), *args)
-
-    def normed(self, x_BRD: jax.Array) -> jax.Array:
-        return self.decoder.normed(x_BRD)
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         tied = self.cfg.logits_via_embedding
@@ -258,7 +249,34 @@ def encode(
     Returns:
       encoded_BLD in `cfg.dtype`.
     """
+    if isinstance(params["encoder"]["layers"], tuple):
+        return _encode_unstacked(cfg, params, tokens_BL, segments_BL)
     return _apply(cfg, params, "encode", tokens_BL, segments_BL, rng=dropout_rng)
+
+
+def unstack_encoder(cfg: T5Config, params: Params) -> Params:
+    """The tree with the encoder's layers apart, which `encode` takes, too, without dropout.
+
+    Out of their stack unrolled layers are copied at every call.
+    """
+    stacked = params["encoder"]["layers"]
+    layers = tuple(
+        jax.tree.map(lambda leaf: leaf[n], stacked)  # noqa: B023
+        for n in range(cfg.num_encoder_layers)
+    )
+    return params | {"encoder": params["encoder"] | {"layers": layers}}
+
+
+def _encode_unstacked(
+    cfg: T5Config, params: Params, tokens_BL: jax.Array, segments_BL: jax.Array
+) -> jax.Array:
+    encoder = params["encoder"]
+    bias_table = None if cfg.relpos_per_layer else encoder["relpos_bias"]["rel_embedding"].T
+    x_BLD = _apply(cfg, params, "embed", tokens_BL)
+    for layer in encoder["layers"]:
+        module = EncoderLayer(cfg, deterministic=True)
+        x_BLD, _ = module.apply({"params": layer}, x_BLD, bias_table, segments_BL)
+    return rms_norm(x_BLD, encoder["encoder_norm"]["scale"], cfg.dtype)
 
 
 def decode(
@@ -311,141 +329,3 @@ def output_params(cfg: T5Config, params: Params) -> Params:
     if cfg.logits_via_embedding:
         return {"token_embedder": params["token_embedder"]}
     return {"decoder": {"logits_dense": params["decoder"]["logits_dense"]}}
-
-
-def start_cache(
-    cfg: T5Config,
-    params: Params,
-    encoded_BLD: jax.Array,
-    encoder_segments_BL: jax.Array,
-    max_length: int,
-    decodes: int = 1,
-) -> dict[str, Any]:
-    """The decoding cache: keys and values of the inputs, once, and room for what is generated.
-
-    Args:
-      cfg: the shape.
-      params: tree of `init`.
-      encoded_BLD: from `encode`.
-      encoder_segments_BL: int32, 0 for padding.
-      max_length: tokens to be generated at most.
-      decodes: R, continuations of each row; they share the keys and values of its inputs.
-
-    Returns:
-      {"layers": {"self": {"key", "value"} [B, R, H, max_length, K],
-                  "cross": {"key", "value"} [B, H, L, K]},
-       "encoder_segments": [B, L]}; a layer is an entry of a tuple of N, or of a leading axis N if
-      `cfg.scan_layers`.
-    """
-    batch, heads = encoded_BLD.shape[0], (cfg.num_heads, cfg.head_dim)
-    empty = jnp.zeros((batch, decodes, cfg.num_heads, max_length, cfg.head_dim), cfg.dtype)
-    empty = nn.with_logical_constraint(empty, ("batch", None, "heads", None, "kv"))
-
-    def of_layer(layer: Params) -> dict[str, Any]:
-        def project(name: str) -> jax.Array:
-            kernel_DE = layer["encoder_decoder_attention"][name]["kernel"].astype(cfg.dtype)
-            rows = encoded_BLD.astype(cfg.dtype).reshape(-1, cfg.emb_dim)
-            out_BLHK = jnp.dot(rows, kernel_DE).reshape(*encoded_BLD.shape[:2], *heads)
-            return nn.with_logical_constraint(
-                out_BLHK.swapaxes(1, 2), ("batch", "heads", None, "kv")
-            )
-
-        return {
-            "self": {"key": empty, "value": empty},
-            "cross": {"key": project("key"), "value": project("value")},
-        }
-
-    stacked = params["decoder"]["layers"]
-    layers = (
-        jax.lax.map(of_layer, stacked)
-        if cfg.scan_layers
-        else tuple(of_layer(_layer(stacked, n)) for n in range(cfg.num_decoder_layers))
-    )
-    return {"layers": layers, "encoder_segments": encoder_segments_BL}
-
-
-def _layer(stacked: Params, index: int) -> Params:
-    return jax.tree.map(lambda leaf: leaf[index], stacked)
-
-
-def unstack_decoder(cfg: T5Config, params: Params) -> Params:
-    """The tree with the decoder's layers apart, for `decode_step`; as it is if `cfg.scan_layers`.
-
-    Do it outside of the decoding loop: inside, every step would copy every layer out of its stack.
-    """
-    if cfg.scan_layers:
-        return params
-    stacked = params["decoder"]["layers"]
-    layers = tuple(_layer(stacked, n) for n in range(cfg.num_decoder_layers))
-    return params | {"decoder": params["decoder"] | {"layers": layers}}
-
-
-def decode_step(
-    cfg: T5Config,
-    params: Params,
-    cache: dict[str, Any],
-    tokens_BR: jax.Array,
-    position: jax.Array,
-) -> tuple[jax.Array, dict[str, Any]]:
-    """One decoding step for every continuation of every row.
-
-    Args:
-      cfg: the shape.
-      params: from `unstack_decoder`.
-      cache: from `start_cache` or the step before.
-      tokens_BR: int32, the tokens at `position` (0 at position 0).
-      position: int32 scalar, below the `max_length` of the cache.
-
-    Returns:
-      (hidden_BRD, the next cache).
-    """
-    decoder, segments_BL = params["decoder"], cache["encoder_segments"]
-    bias_table = None if cfg.relpos_per_layer else decoder["relpos_bias"]["rel_embedding"].T
-
-    def step(x_BRD: jax.Array, layer: Params, layer_cache: Any) -> tuple[jax.Array, Any]:
-        args = (x_BRD, layer_cache, bias_table, segments_BL, position)
-        return DecoderLayer(cfg, True).apply({"params": layer}, *args, method="step")
-
-    def write(old: jax.Array, entry: jax.Array) -> jax.Array:
-        entry = jnp.expand_dims(entry, -2)  # [..., B, R, H, 1, K]
-        axis = entry.ndim - 2
-        return jax.lax.dynamic_update_slice_in_dim(old, entry.astype(old.dtype), position, axis)
-
-    x_BRD = T5(cfg).apply({"params": params}, tokens_BR, method="embed")
-    layers = cache["layers"]
-    if cfg.scan_layers:
-        body = lambda x, layer: step(x, *layer)  # noqa: E731
-        x_BRD, entries = jax.lax.scan(body, x_BRD, (decoder["layers"], layers))
-        layers = layers | {"self": jax.tree.map(write, layers["self"], entries)}
-    else:
-        new = []
-        for layer, layer_cache in zip(decoder["layers"], layers, strict=True):
-            x_BRD, entry = step(x_BRD, layer, layer_cache)
-            new.append(layer_cache | {"self": jax.tree.map(write, layer_cache["self"], entry)})
-        layers = tuple(new)
-    hidden_BRD = T5(cfg).apply({"params": params}, x_BRD, method="normed")
-    return hidden_BRD, cache | {"layers": layers}
-
-
-def reorder_cache(cfg: T5Config, cache: dict[str, Any], source_BR: jax.Array) -> dict[str, Any]:
-    """The cache in which continuation r of row b is the one that was `source_BR[b, r]`.
-
-    Args:
-      cfg: the shape.
-      cache: from `decode_step`.
-      source_BR: int32, values in [0, R).
-    """
-
-    def gather(leaf: jax.Array) -> jax.Array:
-        lead = (None,) if cfg.scan_layers else ()
-        index = source_BR[(*lead, ..., None, None, None)]
-        return jnp.take_along_axis(leaf, index, axis=len(lead) + 1)
-
-    if cfg.scan_layers:
-        return cache | {
-            "layers": cache["layers"] | {"self": jax.tree.map(gather, cache["layers"]["self"])}
-        }
-    layers = tuple(
-        layer | {"self": jax.tree.map(gather, layer["self"])} for layer in cache["layers"]
-    )
-    return cache | {"layers": layers}

@@ -1,6 +1,7 @@
 """Optimizers and learning-rate schedules with T5X's meaning, as optax transformations."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from mtl_jax import patterns
 from mtl_jax.errors import UserError, suggest
 
 STACKED = ("encoder", "decoder")  # subtrees whose "layers" carry a leading axis
@@ -44,6 +46,14 @@ class OptimizerConfig:
       decay_rate: Adafactor's exponent of the second-moment decay.
       min_dim_size_to_factor: Adafactor factors matrices whose two sides are at least this.
       multiply_by_parameter_scale: Adafactor's relative step size.
+      freeze: patterns of parameters that stay as they are, such as 'encoder/.*' (`patterns.py`).
+        They get no gradient, no update, no weight decay and no optimizer state, and do not count in
+        the gradient's norm. The layers of a stack are one parameter: they freeze together.
+      learning_rate_scale: pairs (pattern, factor): the learning rate of these parameters is
+        `factor` times the schedule's (after `min_learning_rate`); the first pattern that matches
+        decides. Weight decay follows in AdamW; in Adafactor, where it does not depend on the
+        learning rate, it stays. Clipping is by the one norm of all gradients. May change when a run
+        is continued; `freeze` may not, for the optimizer's state is another.
     """
 
     name: str = "adafactor"
@@ -64,6 +74,8 @@ class OptimizerConfig:
     decay_rate: float = 0.8
     min_dim_size_to_factor: int = 128
     multiply_by_parameter_scale: bool = True
+    freeze: Sequence[str] = ()
+    learning_rate_scale: Sequence[tuple[str, float]] = ()
 
     def __post_init__(self) -> None:
         if self.name not in OPTIMIZERS:
@@ -89,6 +101,22 @@ class OptimizerConfig:
                 raise UserError(
                     f"Optimizer.schedule: unknown factor {name!r}.{suggest(name, FACTORS)}"
                     f" Known: {', '.join(FACTORS)}."
+                )
+        self._check_groups()
+
+    def _check_groups(self) -> None:
+        patterns.check("Optimizer.freeze", self.freeze)
+        object.__setattr__(self, "freeze", tuple(self.freeze))
+        object.__setattr__(self, "learning_rate_scale", tuple(map(tuple, self.learning_rate_scale)))
+        patterns.check("Optimizer.learning_rate_scale", [p for p, _ in self.learning_rate_scale])
+        for pattern, factor in self.learning_rate_scale:
+            if not 0.0 < factor < math.inf:
+                hint = (
+                    " To leave parameters as they are, use Optimizer.freeze." if not factor else ""
+                )
+                raise UserError(
+                    f"Optimizer.learning_rate_scale: the factor of {pattern!r} must be positive "
+                    f"and finite, got {factor}.{hint}"
                 )
 
 
@@ -133,6 +161,10 @@ def make_optimizer(cfg: OptimizerConfig) -> optax.GradientTransformation:
 
     Adafactor treats each layer of a stack on its own: moments, clipping and parameter scale are
     those of the unstacked layer (T5X's logical factor rules).
+
+    Returns:
+      `init` takes all parameters and makes the state of those that are trained; `update` takes and
+      gives trees of these alone (see `split`).
     """
 
     def schedule(step: jax.Array) -> jax.Array:
@@ -147,6 +179,8 @@ def make_optimizer(cfg: OptimizerConfig) -> optax.GradientTransformation:
             weight_decay=cfg.weight_decay,
             mask=_decayed,
         )
+        # What AdamW gives is the learning rate times something that does not depend on it.
+        rule = _scaled(cfg, rule) if cfg.learning_rate_scale else rule
     else:
         rules = [
             scale_by_adafactor(
@@ -154,6 +188,7 @@ def make_optimizer(cfg: OptimizerConfig) -> optax.GradientTransformation:
                 decay_rate=cfg.decay_rate,
                 min_dim_size_to_factor=cfg.min_dim_size_to_factor,
                 multiply_by_parameter_scale=cfg.multiply_by_parameter_scale,
+                factor=functools.partial(rate_factor, cfg),
             )
         ]
         if cfg.momentum:
@@ -161,7 +196,10 @@ def make_optimizer(cfg: OptimizerConfig) -> optax.GradientTransformation:
         if cfg.weight_decay:
             rules.append(optax.add_decayed_weights(cfg.weight_decay, mask=_decayed))
         rule = optax.chain(*rules, optax.scale(-1.0))
-    return optax.chain(optax.clip_by_global_norm(cfg.clip_norm), rule) if cfg.clip_norm else rule
+    rule = optax.chain(optax.clip_by_global_norm(cfg.clip_norm), rule) if cfg.clip_norm else rule
+    return optax.GradientTransformation(
+        lambda params: rule.init(split(cfg, params)[0]), rule.update
+    )
 
 
 def _decayed(params: Any) -> Any:
@@ -169,6 +207,90 @@ def _decayed(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(
         lambda path, _: path[-1].key in ("kernel", "embedding"), params
     )
+
+
+# ---------------------------------------------------------------------------------------------
+# Groups of parameters
+# ---------------------------------------------------------------------------------------------
+
+
+def check_groups(cfg: OptimizerConfig, params: Any) -> None:
+    """Refuses patterns of `freeze` and `learning_rate_scale` that do nothing to these parameters.
+
+    Args:
+      cfg: the update rule.
+      params: tree of the model's parameters, or of their shapes.
+
+    Raises:
+      UserError: names the pattern and near paths; or nothing is left to train.
+    """
+    paths = list(patterns.by_path(params))
+    for pattern in cfg.freeze:
+        patterns.decide("Optimizer.freeze", [pattern], paths)
+    trained = [path for path in paths if not _is_frozen(cfg, path)]
+    if not trained:
+        raise UserError(
+            f"Optimizer.freeze = {cfg.freeze!r} freezes all parameters: leave some to train."
+        )
+    scaled = [pattern for pattern, _ in cfg.learning_rate_scale]
+    for pattern in scaled:
+        found = [path for path in paths if patterns.matches(pattern, path)]
+        if found and not set(found) & set(trained):
+            raise UserError(
+                f"Optimizer.learning_rate_scale: all that {pattern!r} matches is frozen by "
+                "Optimizer.freeze: remove one of the two."
+            )
+    patterns.decide("Optimizer.learning_rate_scale", scaled, trained)
+
+
+def split(cfg: OptimizerConfig, params: Any) -> tuple[Any, Any]:
+    """The parameters that are trained and those that are frozen, as two trees of distinct leaves.
+
+    Frozen parameters are no part of what is differentiated or updated, rather than getting an
+    update of zero: so there is neither gradient nor state of them, and they stay bit by bit.
+    """
+    if not cfg.freeze:
+        return params, {}
+    leaves = patterns.by_path(params)
+    frozen = {path: leaf for path, leaf in leaves.items() if _is_frozen(cfg, path)}
+    trained = {path: leaf for path, leaf in leaves.items() if path not in frozen}
+    return patterns.as_tree(trained), patterns.as_tree(frozen)
+
+
+def merge(trained: Any, frozen: Any) -> Any:
+    """The whole tree again, of what `split` gives."""
+    if not frozen:
+        return trained
+    return patterns.as_tree(patterns.by_path(trained) | patterns.by_path(frozen))
+
+
+def rate_factor(cfg: OptimizerConfig, path: str) -> float:
+    """What the learning rate of the parameter at `path` is multiplied by."""
+    for pattern, factor in cfg.learning_rate_scale:
+        if patterns.matches(pattern, path):
+            return factor
+    return 1.0
+
+
+def _is_frozen(cfg: OptimizerConfig, path: str) -> bool:
+    return any(patterns.matches(pattern, path) for pattern in cfg.freeze)
+
+
+def _scaled(
+    cfg: OptimizerConfig, rule: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    """Multiplies the updates by the factors of their groups.
+
+    Not by `optax.partition`, whose state has another structure than that of `rule`: a run may be
+    continued with other factors, or none.
+    """
+
+    def update(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
+        updates, state = rule.update(grads, state, params)
+        scaled = {x: u * rate_factor(cfg, x) for x, u in patterns.by_path(updates).items()}
+        return patterns.as_tree(scaled), state
+
+    return optax.GradientTransformation(rule.init, update)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -198,6 +320,7 @@ def scale_by_adafactor(
     decay_rate: float,
     min_dim_size_to_factor: int,
     multiply_by_parameter_scale: bool,
+    factor: Callable[[str], float] = lambda path: 1.0,
 ) -> optax.GradientTransformation:
     """Adafactor's step before its sign is turned (Shazeer and Stern 2018, algorithms 4 and 5).
 
@@ -220,6 +343,7 @@ def scale_by_adafactor(
       decay_rate: exponent of the decay.
       min_dim_size_to_factor: matrices are factored if both sides are at least this.
       multiply_by_parameter_scale: whether RMS(X) is in the step.
+      factor: multiplies the learning rate of the parameter at a path.
     """
 
     def init(params: Any) -> AdafactorState:
@@ -243,7 +367,7 @@ def scale_by_adafactor(
             factored = _factored_axes(param.shape, stacked, min_dim_size_to_factor)
             new_moments, factors = _second_moment(grad, moments, decay, factored)
             clip = jnp.maximum(1.0, jnp.sqrt(_mean_square(math.prod(factors, start=grad), layer)))
-            size = rate / clip
+            size = rate * factor("/".join(entry.key for entry in path)) / clip
             if multiply_by_parameter_scale:
                 size = size * jnp.maximum(1e-3, jnp.sqrt(_mean_square(param, layer)))
             return math.prod(factors, start=grad * size), *new_moments

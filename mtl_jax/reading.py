@@ -20,13 +20,18 @@ import seqio
 import tensorflow as tf
 
 from mtl_jax.errors import UserError
+from mtl_jax.vocabulary import TokenizerVocabulary
 
 SIDES = ("inputs", "targets")
 _CHUNK = 16  # elements that cross from TensorFlow to Python together
 _SHORT_BUFFER = 64  # shuffle buffer where the source already permutes the whole split
 _AFTER_TRIM = seqio.preprocessors.append_eos_after_trim
 _EOS_STEPS = (seqio.preprocessors.append_eos, _AFTER_TRIM)
-_PLAIN_VOCABULARIES = (seqio.SentencePieceVocabulary, seqio.ByteVocabulary)
+_PLAIN_VOCABULARIES = (
+    seqio.SentencePieceVocabulary,
+    seqio.ByteVocabulary,
+    TokenizerVocabulary,
+)
 
 
 @dataclass(frozen=True)

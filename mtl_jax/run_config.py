@@ -1,13 +1,16 @@
 """The values that say how long a run is and where it leaves what it finds."""
 
 import dataclasses
+import re
+from collections.abc import Sequence
 
+from mtl_jax import patterns
 from mtl_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """One run.
+    r"""One run.
 
     Attributes:
       directory: the run directory; a run found there is continued.
@@ -19,6 +22,11 @@ class RunConfig:
         `directory` holds no checkpoint yet; empty: start from fresh parameters.
       restore_optimizer: "drop" takes only the parameters of `restore_from` and starts at step 0;
         "keep" takes optimizer state and step number too. The position in the data starts anew.
+      restore_map: pairs (pattern, source) that say where in `restore_from` a parameter of this run
+        comes from, as T5X's assignment map. The first pattern that matches a parameter's whole path
+        decides (`patterns.py`); `source` is the path in the checkpoint, with groups of the pattern
+        as \1, or '' (or None) to leave the parameter fresh. What no pattern matches comes from
+        its own path. Shapes must fit, the rest of the model may be another.
       tensorboard: write TensorBoard events beside metrics.jsonl.
       compile_cache: keep compiled programs beside the run directory for the next start.
     """
@@ -30,6 +38,7 @@ class RunConfig:
     evaluate_untrained: bool = False
     restore_from: str = ""
     restore_optimizer: str = "drop"
+    restore_map: Sequence[tuple[str, str | None]] = ()
     tensorboard: bool = False
     compile_cache: bool = True
 
@@ -42,3 +51,23 @@ class RunConfig:
             raise UserError(
                 f"Run.restore_optimizer must be 'keep' or 'drop', got {self.restore_optimizer!r}."
             )
+        self._check_map()
+
+    def _check_map(self) -> None:
+        object.__setattr__(self, "restore_map", tuple(map(tuple, self.restore_map)))
+        patterns.check("Run.restore_map", [pattern for pattern, _ in self.restore_map])
+        if self.restore_map and not self.restore_from:
+            raise UserError("Run.restore_map needs a checkpoint: set Run.restore_from.")
+        if self.restore_map and self.restore_optimizer == "keep":
+            raise UserError(
+                "Run.restore_map takes parameters alone, and Run.restore_optimizer = 'keep' a "
+                "whole state: set Run.restore_optimizer = 'drop' or remove the map."
+            )
+        for pattern, source in self.restore_map:
+            try:
+                # A template is checked before the first match is sought.
+                re.compile(pattern).sub(source or "", "")
+            except (re.error, IndexError) as error:
+                raise UserError(
+                    f"Run.restore_map: {source!r} does not fit the pattern {pattern!r} ({error})."
+                ) from error

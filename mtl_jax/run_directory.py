@@ -4,6 +4,7 @@ config.gin        the resolved configuration, enough to repeat the run
 command.txt       the command that reruns it
 versions.json     Python, packages, revision, platform and device
 model-info.txt    every parameter: shape, logical and mesh axes, bytes per device
+tokenizer/        the vocabulary, so that the checkpoints can be used alone
 mixture.txt       the tasks with their examples, rates and shares
 tasks.json        the id of every task, frozen by name
 metrics.jsonl     one line per log step (and TensorBoard events)
@@ -31,7 +32,7 @@ import jax
 import numpy as np
 
 from mtl_jax.errors import UserError
-from mtl_jax.storage import replace_text, storage_errors
+from mtl_jax.storage import replace_bytes, storage_errors
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "seqio", "mtl_jax")
 # Variables that change what the command does; they are written in front of it.
@@ -119,10 +120,14 @@ class RunDirectory:
         Raises:
           UserError: no permission or no space; the file's earlier content is still there.
         """
+        return self.write_bytes(name, text.encode("utf-8"))
+
+    def write_bytes(self, name: str, content: bytes) -> Path:
+        """Replaces the file `name` by `content`; see `write_text`."""
         target = self.path / name
         if self.primary:
             with storage_errors(f"write {name}", self.path):
-                replace_text(target, text)
+                replace_bytes(target, content)
         return target
 
     def write_json(self, name: str, value: Any) -> Path:

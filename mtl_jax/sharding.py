@@ -126,6 +126,12 @@ def spec(axes: Sequence[str | None], rules: Sequence[Any] = RULES) -> PartitionS
     return nn.logical_to_mesh_axes(tuple(axes), rules)
 
 
+def params_shardings(mesh: Mesh, axes: Any) -> Any:
+    """Shardings of the parameters, from their tree of logical axis names."""
+    is_axes = lambda leaf: isinstance(leaf, tuple)  # noqa: E731
+    return jax.tree.map(lambda leaf: NamedSharding(mesh, spec(leaf)), axes, is_leaf=is_axes)
+
+
 def state_shardings(mesh: Mesh, axes: Any, state: Any) -> Any:
     """Shardings of a whole train state; the optimizer's arrays lie where their parameter lies.
 

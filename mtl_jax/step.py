@@ -166,17 +166,20 @@ def gradients(
     params: model.Params,
     batch: Batch,
     dropout_rng: jax.Array | None,
+    frozen: model.Params | None = None,
 ) -> tuple[model.Params, Metrics]:
     """Gradient of the mean token loss over the global batch, whatever the microbatches.
 
     The normaliser is the weight of all target tokens of the batch, taken before splitting; the
     microbatches are then summed (T5X normalises each one and sums, which changes the objective).
+    The gradient is with respect to `params`; those in `frozen` (`optim.split`) are constants.
     """
     tokens = jnp.maximum(jnp.sum(batch["decoder_loss_weights"]), 1.0)
 
     def part(rng: jax.Array | None, rows: Batch) -> tuple[model.Params, Metrics]:
         def objective(params: model.Params) -> tuple[jax.Array, Metrics]:
-            total, sums = loss_sum(cfg, step_cfg, num_tasks, params, rows, rng)
+            whole = optim.merge(params, frozen)
+            total, sums = loss_sum(cfg, step_cfg, num_tasks, whole, rows, rng)
             return total / tokens, sums
 
         (_, sums), grads = jax.value_and_grad(objective, has_aux=True)(params)
@@ -219,14 +222,16 @@ def train_step(
 
     Returns:
       (the state after, metrics: scalars "loss" (mean over tokens, z-loss included), "z_loss",
-      "grad_norm" (before clipping), "learning_rate", and the per-task sums of `loss_sum`).
+      "grad_norm" (of what is trained, before clipping), "learning_rate", and the per-task sums of
+      `loss_sum`).
     """
     use_dropout = cfg.dropout_rate > 0.0
     dropout_rng = jax.random.fold_in(rng, state.step) if use_dropout else None
-    grads, sums = gradients(cfg, step_cfg, num_tasks, state.params, batch, dropout_rng)
+    trained, frozen = optim.split(optimizer_cfg, state.params)
+    grads, sums = gradients(cfg, step_cfg, num_tasks, trained, batch, dropout_rng, frozen)
     optimizer = optim.make_optimizer(optimizer_cfg)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+    params = optim.merge(optax.apply_updates(trained, updates), frozen)
     tokens = jnp.maximum(jnp.sum(sums["task_tokens"]), 1.0)
     metrics = {
         "loss": jnp.sum(sums["task_loss_sum"]) / tokens,

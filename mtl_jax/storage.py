@@ -16,7 +16,12 @@ _NUMBER_IN_TEXT = re.compile(r"os_error_code='(\d+)'|\[OS error (\d+)")
 
 
 def replace_text(target: Path, text: str) -> None:
-    """Replaces the file `target` by `text` in one move; a kill leaves the old or the new file.
+    """Replaces the file `target` by `text` in one move; see `replace_bytes`."""
+    replace_bytes(target, text.encode("utf-8"))
+
+
+def replace_bytes(target: Path, content: bytes) -> None:
+    """Replaces the file `target` by `content` in one move; a kill leaves the old or the new file.
 
     Raises:
       OSError: the file could not be written; its old content is still there.
@@ -24,8 +29,8 @@ def replace_text(target: Path, text: str) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)

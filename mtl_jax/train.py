@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from mtl_jax import build, config, data, dry_run, report, sharding, step
+from mtl_jax import build, config, data, dry_run, report, sharding, step, tokenizer
 from mtl_jax.checkpoint import Checkpointer
 from mtl_jax.errors import UserError
 from mtl_jax.logbook import Logbook
@@ -62,13 +62,14 @@ def train(session: build.Session, argv: list[str]) -> None:
         # A checkpoint of another architecture fails here, before any file is replaced.
         with ledger("checkpoint"):
             checkpointer = closing.enter_context(Checkpointer(run.checkpoints, cfg.checkpoint))
-            first = checkpointer.latest() or 0
-            if first:
+            latest = checkpointer.latest()
+            first = latest or 0
+            if latest is not None:
                 session.check_model(checkpointer.meta(first), run.checkpoints / str(first))
                 state, position, _ = checkpointer.restore(first, session.abstract_state)
                 stream.restore(position)
                 say(f"Continuing from step {first:,} in {run.path}")
-        if not first:
+        if latest is None:
             with ledger("start"):
                 state = build.start_state(session)
             first = int(state.step)  # not 0 where Run.restore_from gives its step number, too
@@ -157,6 +158,8 @@ def describe_run(session: build.Session, argv: list[str]) -> None:
     params, shardings = session.abstract_state.params, session.shardings.params
     run.write_text("model-info.txt", model_info(params, session.axes, shardings))
     run.write_text("mixture.txt", build.mixture_text(session))
+    for name, content in build.tokenizer_files(session).items():
+        run.write_bytes(f"{tokenizer.FOLDER}/{name}", content)
     cfg = session.config.data
     mesh = " x ".join(f"{axis} {size}" for axis, size in session.mesh.shape.items())
     say(

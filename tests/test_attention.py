@@ -139,15 +139,15 @@ def test_one_cached_step_equals_the_row_of_the_whole():
     whole = jax.jit(functools.partial(attention.attend, causal=True, bidirectional=False))(
         q, k, v, table, segments, segments
     )
-    step = jax.jit(attention.attend_cached)
+    step = jax.jit(attention.step_over_past)
     one = lambda x, position: x[:, position : position + 1]  # noqa: E731
     for position in range(6):
         # What lies at and behind the position in the cache must not matter.
         later = np.arange(6)[None, :, None, None] >= position
         found = step(
             one(q, position),
-            np.where(later, np.float32(1e9), k).swapaxes(1, 2)[:, None],
-            np.where(later, np.float32(-1e9), v).swapaxes(1, 2)[:, None],
+            np.where(later, np.float32(1e9), k).transpose(0, 2, 3, 1)[:, None],
+            np.where(later, np.float32(-1e9), v).transpose(0, 2, 3, 1)[:, None],
             one(k, position),
             one(v, position),
             table,
@@ -159,7 +159,8 @@ def test_one_cached_step_equals_the_row_of_the_whole():
 def test_a_step_over_the_inputs_sees_every_real_key_with_every_continuation():
     q, k, v, _ = arrays(3, 5)
     real = (PACKED_5 > 0).astype(np.int32)
-    found = jax.jit(attention.attend_inputs)(q, k.swapaxes(1, 2), v.swapaxes(1, 2), real)
+    last = (0, 2, 3, 1)  # positions
+    found = jax.jit(attention.step_over_inputs)(q, k.transpose(last), v.transpose(last), real)
     expected = naive(q, k, v, None, np.ones((2, 3), np.int32), real, causal=False)
     np.testing.assert_allclose(found, expected, atol=1e-5)
 

@@ -22,7 +22,7 @@ from mtl_jax.data import (
     merge_states,
     mixture_table,
     task_names,
-    vocabulary_size,
+    vocabulary,
 )
 from mtl_jax.errors import UserError
 from mtl_jax.reading import Epoch, TaskReader
@@ -433,11 +433,11 @@ def test_bad_mixtures(values, message):
 def test_names_globs_and_vocabularies():
     assert expand(["b", "?", "inn*"]) == ["b", "a", "c", "inner"]
     assert task_names("outer") == ["a", "b", "c", "unused"]
-    assert vocabulary_size(["a", "b"]) == VOCABULARY.vocab_size
+    assert vocabulary(["a", "b"]) == VOCABULARY
     more = seqio.Feature(seqio.ByteVocabulary(extra_ids=7), add_eos=True)
     add_task("other", [], features={"inputs": more, "targets": more})
     with pytest.raises(UserError, match="different vocabularies"):
-        vocabulary_size(["a", "other"])
+        vocabulary(["a", "other"])
 
 
 def test_evaluation_task():

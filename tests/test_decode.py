@@ -78,13 +78,13 @@ def test_greedy_gives_the_golden_tokens(version):
 
 def test_greedy_stops_when_all_rows_have_ended(monkeypatch):
     cfg, params = _model("1.1")
-    steps, plain = [], model.decode_step
+    steps, plain = [], decode.incremental.decode_step
 
     def counted(cfg, params, cache, tokens_B, index):
         jax.debug.callback(lambda i: steps.append(int(i)), index)
         return plain(cfg, params, cache, tokens_B, index)
 
-    monkeypatch.setattr(decode.model, "decode_step", counted)
+    monkeypatch.setattr(decode.incremental, "decode_step", counted)
     # Row 1 ends after three tokens; an empty row beside it must not keep the loop running.
     inputs = np.concatenate([INPUTS[:1], np.zeros_like(INPUTS[:1])])
     run = jax.jit(lambda *args: decode.greedy(cfg, *args, max_length=8))

@@ -16,14 +16,33 @@ RUNS = sorted(path.stem for path in (FOLDER / "runs").glob("*.gin"))
 WITHOUT_DATA_FOLDER = {"quickstart"}
 MOST_VALUES = 25
 
-# Parameters of google/t5-v1_1-* as published (Hugging Face model hub; XXL is called 11B).
+# Parameters as published (Hugging Face model hub: t5-*, google/t5-v1_1-*); XXL is called 11B.
 PUBLISHED = {
-    "small": 76_961_152,
-    "base": 247_577_856,
-    "large": 783_150_080,
-    "xl": 2_849_757_184,
-    "xxl": 11_135_332_352,
+    "t5_small": 60_506_624,
+    "t5_base": 222_903_552,
+    "t5_large": 737_668_096,
+    "t5_3b": 2_851_598_336,
+    "t5_11b": 11_307_321_344,
+    "t5_1_1_small": 76_961_152,
+    "t5_1_1_base": 247_577_856,
+    "t5_1_1_large": 783_150_080,
+    "t5_1_1_xl": 2_849_757_184,
+    "t5_1_1_xxl": 11_135_332_352,
 }
+SIZES = ("small", "base", "large", "xl", "xxl")
+# What distinguishes each family from T5 1.1, apart from its sizes.
+FAMILIES = {
+    "t5": {"mlp_activations": ("relu",), "logits_via_embedding": True},
+    "t5_1_1": {},
+    "mt5": {"vocab_size": 250_112},
+    "umt5": {"vocab_size": 256_384, "relpos_per_layer": True},
+    "byt5": {"vocab_size": 384},
+}
+MODELS = [
+    *(f"t5_{size}" for size in ("small", "base", "large", "3b", "11b")),
+    *(f"{family}_{size}" for family in ("t5_1_1", "mt5", "byt5") for size in SIZES),
+    *(f"umt5_{size}" for size in SIZES if size != "large"),
+]
 
 
 def gin_files() -> list[str]:
@@ -71,18 +90,71 @@ def test_models_and_mixtures_load_and_their_resolved_text_again(name, tmp_path):
     assert config.load([str(tmp_path / "config.gin")]) == loaded
 
 
-@pytest.mark.parametrize("size", PUBLISHED)
-def test_published_sizes(size):
-    cfg = config.load([f"models/t5_1_1_{size}.gin"]).model
-    shapes = jax.tree.leaves(model.abstract_params(cfg))
-    assert sum(int(np.prod(leaf.shape)) for leaf in shapes) == PUBLISHED[size]
-    assert cfg == model_config.T5Config(
-        emb_dim=cfg.emb_dim,
+def shape(name):
+    return config.load([f"models/{name}.gin"]).model
+
+
+def count(name):
+    return sum(leaf.size for leaf in jax.tree.leaves(model.abstract_params(shape(name))))
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_totals(name):
+    assert count(name) == PUBLISHED[name]
+
+
+def test_every_published_size_has_its_file():
+    ours = {"t5_1_1_tiny", "t5_1_1_mini"}
+    assert {path.stem for path in (FOLDER / "models").glob("*.gin")} == ours | set(MODELS)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_sizes_set_sizes_and_families_the_rest(name):
+    cfg = shape(name)
+    sizes = ("emb_dim", "num_heads", "head_dim", "mlp_dim", "num_encoder_layers")
+    same = {field: getattr(cfg, field) for field in (*sizes, "num_decoder_layers")}
+    family, _ = name.rsplit("_", 1)
+    assert cfg == model_config.T5Config(**same, **FAMILIES[family])
+    assert cfg.head_dim == (128 if name in ("t5_3b", "t5_11b") else 64)
+    shallow = {12: 4, 18: 6, 36: 12}[cfg.num_encoder_layers] if family == "byt5" else None
+    assert cfg.num_decoder_layers == (shallow or cfg.num_encoder_layers)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_headers_tell_the_number_of_parameters(name):
+    header = (FOLDER / "models" / f"{name}.gin").read_text().splitlines()[0]
+    number, unit = re.fullmatch(r"# .*, ([\d.]+) (million|billion) parameters\.", header).groups()
+    digits = len(number.partition(".")[2])
+    scale = {"million": 1e6, "billion": 1e9}[unit]
+    assert round(count(name) / scale, digits) == float(number)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("name", MODELS)
+def test_transformers_counts_as_many_parameters(name):
+    """Of the same configuration, without memory for a single one."""
+    import torch
+    import transformers
+
+    cfg = shape(name)
+    family = {"mt5": "MT5", "umt5": "UMT5"}.get(name.rsplit("_", 1)[0], "T5")
+    made = getattr(transformers, f"{family}Config")(
+        vocab_size=cfg.vocab_size,
+        d_model=cfg.emb_dim,
+        d_kv=cfg.head_dim,
+        d_ff=cfg.mlp_dim,
+        num_layers=cfg.num_encoder_layers,
+        num_decoder_layers=cfg.num_decoder_layers,
         num_heads=cfg.num_heads,
-        mlp_dim=cfg.mlp_dim,
-        num_encoder_layers=cfg.num_encoder_layers,
-        num_decoder_layers=cfg.num_encoder_layers,
-    ), "everything else is the default"
+        relative_attention_num_buckets=cfg.relpos_buckets,
+        feed_forward_proj="gated-gelu" if len(cfg.mlp_activations) == 2 else "relu",
+        tie_word_embeddings=cfg.logits_via_embedding,
+    )
+    with torch.device("meta"):
+        theirs = getattr(transformers, f"{family}ForConditionalGeneration")(made)
+        if not cfg.logits_via_embedding:  # some versions tie it whatever the configuration says
+            theirs.lm_head.weight = torch.nn.Parameter(torch.empty(cfg.vocab_size, cfg.emb_dim))
+    assert sum(tensor.numel() for tensor in theirs.parameters()) == count(name)
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -18,23 +18,29 @@ PACKAGE = ROOT / "mtl_jax"
 # (they see everything); pages of plain values and helpers, which import little, come last.
 ORDER = (
     # Entry pages.
-    *("__main__", "cli", "train", "dry_run", "logbook", "build", "tasks_main"),
-    *("config", "config_types"),
+    *("__main__", "cli", "train", "dry_run", "logbook", "build", "tasks_main", "infer"),
+    "config",
     # TensorFlow is allowed here, and so in the entry pages.
     *("tasks", "data", "eval_reading", "mixtures", "reading", "sources", "packing"),
-    "quiet_tensorflow",
-    # Evaluation uses the model, so it stands before it.
-    *("evaluate", "decode", "buckets", "results", "metrics", "eval_task"),
+    *("vocabulary", "quiet_tensorflow"),
+    # What uses the model stands before it.
+    *("inference", "interop", "evaluate"),
+    *("decode", "beam", "sampling", "hypotheses", "stop_strings", "buckets"),
+    *("results", "metrics", "eval_task", "placement"),
     # The way of a batch.
-    *("targets", "sharding", "step", "loss", "model", "layers", "attention", "kernels", "optim"),
+    *("targets", "sharding", "step", "loss", "incremental", "model", "layers"),
+    *("attention", "kernels", "optim"),
     # What a run leaves behind.
-    *("checkpoint", "report", "report_html", "charts", "tables", "run_directory", "storage"),
-    *("flops", "task_info", "data_config", "model_config", "run_config", "errors"),
+    *("checkpoint", "restore", "report", "report_html", "charts", "tables", "run_directory"),
+    *("storage", "tokenizer"),
+    *("flops", "task_info", "data_config", "generate_config", "infer_config", "model_config"),
+    *("run_config", "config_types", "patterns", "errors"),
 )
 MAY_LOAD_TENSORFLOW = {
-    *("tasks", "data", "eval_reading", "mixtures", "reading", "sources", "quiet_tensorflow")
+    *("tasks", "data", "eval_reading", "mixtures", "reading", "sources", "vocabulary"),
+    "quiet_tensorflow",
 }
-ENTRY_PAGES = {"__main__", "cli", "train", "dry_run", "logbook", "build", "tasks_main"}
+ENTRY_PAGES = {"__main__", "cli", "train", "dry_run", "logbook", "build", "tasks_main", "infer"}
 MOST_LINES = 500
 MOST_FUNCTION_LINES = 80
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtl_jax import model, sharding, step
+from mtl_jax import incremental, model, sharding, step
 from mtl_jax.errors import UserError
 
 VERSIONS = ("1.1", "1.0")
@@ -225,17 +225,20 @@ def test_cached_decoding_equals_the_parallel_forward():
     def start(params):
         segments = batch["encoder_segment_ids"]
         encoded = model.encode(CFG, params, batch["encoder_input_tokens"], segments)
-        return model.start_cache(CFG, params, encoded, segments, inputs.shape[1] + 2)
+        weights = incremental.prepare(CFG, params)
+        cache = incremental.start_cache(CFG, weights, encoded, segments, inputs.shape[1] + 2)
+        return weights, cache
 
     @jax.jit
-    def advance(params, cache, tokens_B, position):
-        layers = model.unstack_decoder(CFG, params)
-        hidden_B1D, cache = model.decode_step(CFG, layers, cache, tokens_B[:, None], position)
+    def advance(params, weights, cache, tokens_B, position):
+        hidden_B1D, cache = incremental.decode_step(
+            CFG, weights, cache, tokens_B[:, None], position
+        )
         return model.logits(CFG, params, hidden_B1D)[:, 0], cache
 
-    cache, steps = start(PARAMS), []
+    (weights, cache), steps = start(PARAMS), []
     for position in range(inputs.shape[1]):
-        logits_BV, cache = advance(PARAMS, cache, inputs[:, position], jnp.int32(position))
+        logits_BV, cache = advance(PARAMS, weights, cache, inputs[:, position], jnp.int32(position))
         steps.append(logits_BV)
     weighted = batch["decoder_loss_weights"] > 0
     np.testing.assert_allclose(

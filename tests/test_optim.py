@@ -1,16 +1,19 @@
 """Schedules and AdamW against closed forms, Adafactor also against optax on single layers."""
 
+import dataclasses
 import functools
 
+import golden
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from mtl_jax import optim
+from mtl_jax import optim, patterns
 from mtl_jax.errors import UserError
 from mtl_jax.optim import OptimizerConfig
+from mtl_jax.step import StepConfig, TrainState, train_step
 
 T5X = {"schedule": "constant * rsqrt_decay", "warmup_steps": 10_000}
 WARM = {
@@ -241,8 +244,180 @@ def test_weight_decay_acts_on_matrices_only(name):
         ({"name": "adamv"}, "Optimizer.name: unknown optimizer 'adamv'. Did you mean 'adamw'"),
         ({"warmup_steps": 0}, "Optimizer.warmup_steps must be at least 1"),
         ({"clip_norm": -1.0}, "Optimizer.clip_norm must not be negative"),
+        (
+            {"freeze": ["encoder/(.*"]},
+            r"Optimizer.freeze: 'encoder/\(.\*' is no regular expression",
+        ),
+        ({"freeze": "encoder/.*"}, "Optimizer.freeze must be a list of patterns"),
+        (
+            {"learning_rate_scale": [("encoder/.*", 0.0)]},
+            "the factor of 'encoder/.*' must be positive and finite, got 0.0. .*Optimizer.freeze",
+        ),
+        (
+            {"learning_rate_scale": [("a", float("nan"))]},
+            "'a' must be positive and finite, got nan",
+        ),
     ],
 )
 def test_wrong_values_name_the_field(values, message):
     with pytest.raises(UserError, match=message):
         OptimizerConfig(**values)
+
+
+# ---------------------------------------------------------------------------------------------
+# Groups: freeze, learning_rate_scale
+# ---------------------------------------------------------------------------------------------
+
+RULES = {
+    "adamw": {"name": "adamw", "learning_rate": 0.02, "weight_decay": 0.1},
+    "adafactor": {"learning_rate": 0.05, "weight_decay": 0.1, "min_dim_size_to_factor": 8},
+    "adafactor with momentum": {
+        **{"learning_rate": 0.05, "momentum": 0.9, "weight_decay": 0.1},
+        "min_dim_size_to_factor": 8,
+    },
+}
+
+
+def by_name(tree):
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def configured(name, **changes):
+    return OptimizerConfig(schedule="constant", **RULES[name] | changes)
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("factor", [0.25, 3.0])
+def test_a_scaled_group_moves_as_with_an_optimizer_of_its_own(name, factor):
+    start, gradients = params_and_gradients()
+    groups = [("encoder/relpos_bias/.*", 1.0), ("encoder/.*", factor)]
+    found = run(
+        optim.make_optimizer(configured(name, learning_rate_scale=groups)), start, gradients
+    )
+    rate = RULES[name]["learning_rate"]
+    pair = optax.partition(
+        {
+            True: optim.make_optimizer(configured(name, learning_rate=rate * factor)),
+            False: optim.make_optimizer(configured(name)),
+        },
+        jax.tree_util.tree_map_with_path(lambda path, _: path[1].key == "layers", start),
+    )
+    plain = by_name(run(optim.make_optimizer(configured(name)), start, gradients)[-1])
+    expected = by_name(run(pair, start, gradients)[-1])
+    for path, leaf in by_name(found[-1]).items():
+        np.testing.assert_allclose(leaf, expected[path], rtol=1e-6, atol=1e-7, err_msg=path)
+        moved = float(jnp.max(jnp.abs(leaf - plain[path])))
+        assert moved > 1e-3 if path.startswith("encoder/layers") else moved == 0.0, path
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_scaling_leaves_the_structure_of_the_state(name):
+    """So that a run may be continued with other factors, or with none."""
+    start, _ = params_and_gradients()
+    plain = jax.eval_shape(optim.make_optimizer(configured(name)).init, start)
+    scaled = configured(name, learning_rate_scale=[("encoder/.*", 0.5)])
+    assert jax.eval_shape(optim.make_optimizer(scaled).init, start) == plain
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_frozen_parameters_have_no_state_and_are_no_part_of_the_norm(name):
+    """What is trained moves as if the frozen parameters did not exist."""
+    start, gradients = params_and_gradients()
+    cfg = configured(name, freeze=["encoder/.*"], clip_norm=0.5)
+    optimizer = optim.make_optimizer(cfg)
+    assert not [path for path in by_name(jax.eval_shape(optimizer.init, start)) if "enc" in path]
+    split = [optim.split(cfg, tree) for tree in (start, *gradients)]
+    trained, *trained_gradients = (trained for trained, _ in split)
+    assert list(trained) == ["token_embedder"]
+    assert by_name(optim.merge(*split[0])).keys() == by_name(start).keys()
+
+    whole = optimizer.init(start)
+    updates, _ = optimizer.update(trained_gradients[0], whole, trained)
+    alone = optim.make_optimizer(dataclasses.replace(cfg, freeze=()))
+    expected, _ = alone.update(trained_gradients[0], alone.init(trained), trained)
+    np.testing.assert_array_equal(
+        updates["token_embedder"]["embedding"], expected["token_embedder"]["embedding"]
+    )
+
+
+def trained(cfg):
+    """Parameters before and after two train steps of three microbatches, metrics of the first."""
+    model, start = golden.config("1.1"), golden.params(golden.config("1.1"))
+    state = TrainState(jnp.int32(0), start, optim.make_optimizer(cfg).init(start))
+    update = jax.jit(functools.partial(train_step, model, StepConfig(microbatches=3), cfg, 1))
+    state, metrics = update(state, golden.batch(), jax.random.key(0))
+    state, _ = update(state, golden.batch(), jax.random.key(0))
+    return by_name(start), by_name(state.params), metrics
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_frozen_parameters_stay_bit_by_bit(name):
+    cfg = configured(name, freeze=["token_embedder/.*", "encoder/layers/.*", "decoder/.*_norm/.*"])
+    before, after, metrics = trained(cfg)
+    for path in before:
+        kept = np.array_equal(before[path].view(np.uint32), np.asarray(after[path]).view(np.uint32))
+        assert kept == any(patterns.matches(p, path) for p in cfg.freeze), path
+    _, _, whole = trained(configured(name))
+    assert 0 < float(metrics["grad_norm"]) < float(whole["grad_norm"])
+    assert metrics["loss"] == whole["loss"]
+
+
+def test_gradients_of_frozen_parameters_are_not_computed():
+    """Each kernel of the encoder saves a product of as many FLOPs as it takes forward."""
+    model = golden.config("1.1", scan_layers=False)  # a loop's body would be counted once
+
+    def flops(**changes):
+        cfg = configured("adafactor", **changes)
+        params = jax.eval_shape(lambda: golden.params(model))
+        state = jax.eval_shape(
+            lambda p: TrainState(jnp.int32(0), p, optim.make_optimizer(cfg).init(p)), params
+        )
+        update = jax.jit(functools.partial(train_step, model, StepConfig(), cfg, 1))
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        return update.lower(state, golden.batch(), key).compile().cost_analysis()["flops"]
+
+    kernels = [
+        x for path, x in by_name(golden.params(model)["encoder"]).items() if "kernel" in path
+    ]
+    products = 2 * golden.ENCODER.size * sum(x.size for x in kernels)
+    assert flops() - flops(freeze=["encoder/.*"]) >= products
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"freeze": ["encoder"]}, "Optimizer.freeze: 'encoder' matches no parameter.*'encoder/.*'"),
+        (
+            {"freeze": ["encoder/layers/norm/scal"]},
+            "freeze: .*/scal' matches no .* Did you mean 'encoder/layers/norm/scale'",
+        ),
+        ({"freeze": ["nothing"]}, "freeze: 'nothing' matches no .*Paths look like '"),
+        ({"freeze": ["token.*", "encoder.*"]}, "Optimizer.freeze = .* freezes all parameters"),
+        (
+            {"learning_rate_scale": [("decoder/.*", 0.1)]},
+            "Optimizer.learning_rate_scale: 'decoder/.*' matches no parameter",
+        ),
+        (
+            {"learning_rate_scale": [(".*", 0.1), ("encoder/.*", 0.2)]},
+            "scale: 'encoder/.*' changes nothing, for earlier patterns .*'.*'.*: the first match",
+        ),
+        (
+            {"learning_rate_scale": [("encoder/.*", 0.1)], "freeze": ["encoder/.*"]},
+            "learning_rate_scale: all that 'encoder/.*' matches is frozen",
+        ),
+    ],
+)
+def test_patterns_that_do_nothing_are_refused(values, message):
+    start, _ = params_and_gradients(0)
+    with pytest.raises(UserError, match=message):
+        optim.check_groups(OptimizerConfig(**values), start)
+
+
+def test_patterns_that_do_something_are_accepted():
+    start, _ = params_and_gradients(0)
+    optim.check_groups(OptimizerConfig(), start)
+    groups = [("encoder/layers/mlp/.*", 0.1), (".*kernel", 0.5)]
+    optim.check_groups(OptimizerConfig(freeze=["token.*"], learning_rate_scale=groups), start)

@@ -1,0 +1,132 @@
+"""`mtl-jax convert`: a checkpoint of any format to Hugging Face's or ours."""
+
+import argparse
+import math
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+from mtl_jax.errors import UserError
+from mtl_jax.interop import hf, native
+from mtl_jax.interop.opening import detect, open_source
+from mtl_jax.interop.source import Source, tensors, tokenizer_files
+from mtl_jax.storage import storage_errors
+
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def main(args: argparse.Namespace) -> None:
+    """Runs the command.
+
+    Raises:
+      UserError: nothing was converted, and nothing is left behind.
+    """
+    # Arrays stay with numpy; a GPU is not to be taken for this.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    source = open_source(args.source, args.step, t5x_options(args))
+    for note in source.notes:
+        print(f"mtl-jax convert: note: {note}.", file=sys.stderr)
+    target = Path(args.target).expanduser()
+    notes = convert(
+        source,
+        target,
+        args.to,
+        tokenizer=args.tokenizer,
+        dtype=args.dtype,
+        max_shard_bytes=parse_size(args.max_shard_size),
+    )
+    for note in notes:
+        print(f"mtl-jax convert: note: {note}.", file=sys.stderr)
+    count = sum(math.prod(shape) for shape in tensors(source.config).values())
+    print(f"{args.source} ({source.description}): {count:,} parameters to {target} ({args.to})")
+
+
+def t5x_options(args: argparse.Namespace) -> dict:
+    """The options that only T5X checkpoints need, checked against the source."""
+    options = {}
+    if args.relpos_max_distance is not None:
+        options["relpos_max_distance"] = args.relpos_max_distance
+    if args.mlp_activations:
+        options["mlp_activations"] = tuple(args.mlp_activations.split(","))
+    if options and (kind := detect(args.source)) != "t5x":
+        raise UserError(
+            f"--{next(iter(options))} is for T5X checkpoints, which do not tell it; "
+            f"{args.source} is of format {kind} and does."
+        )
+    return options
+
+
+def convert(
+    source: Source,
+    target: Path,
+    to: str,
+    *,
+    tokenizer: str | Path | None = None,
+    dtype: str = "float32",
+    max_shard_bytes: int = 5 * 10**9,
+) -> list[str]:
+    """Writes a checkpoint, one layer's tensor at a time; the target appears when it is complete.
+
+    Args:
+      source: from `open_source`.
+      target: a directory that is not there yet, or is empty.
+      to: "hf" or "mtl_jax".
+      tokenizer: a vocabulary file or a folder of tokenizer files to carry along; None: those of the
+        source.
+      dtype: "float32" or "bfloat16", of the tensors of `to="hf"`.
+      max_shard_bytes: of the files of `to="hf"`.
+
+    Returns:
+      Notes for the user.
+
+    Raises:
+      UserError: the target is taken, or something cannot be read or written; nothing is left of it.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target} exists already: name a new folder, or remove it first.")
+    files = source.tokenizer_files if tokenizer is None else _given_files(Path(tokenizer))
+    if to == "mtl_jax" and dtype != "float32":
+        raise UserError(f"--dtype={dtype} is for --to hf; our own checkpoints are float32.")
+    # Beside the target, so that the last step is a rename within one file system.
+    partial = target.absolute().with_name(f"{target.absolute().name}.partial-{os.getpid()}")
+    try:
+        with storage_errors("write the checkpoint", target):
+            partial.mkdir(parents=True)
+            notes = []
+            if to == "hf":
+                notes = hf.write(source, partial, dtype, max_shard_bytes)
+                folder = partial
+            else:
+                native.write(source, partial)
+                folder = partial / native.TOKENIZER
+                folder.mkdir()
+            for file in files:
+                shutil.copyfile(file, folder / file.name)
+            partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return notes
+
+
+def _given_files(path: Path) -> list[Path]:
+    """The tokenizer files that `--tokenizer` means."""
+    path = path.expanduser()
+    files = tokenizer_files(path) if path.is_dir() else [path] * path.is_file()
+    if not files:
+        what = "has no tokenizer files" if path.is_dir() else "does not exist"
+        raise UserError(f"--tokenizer: {path} {what}.")
+    return files
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as "5GB" or "500MiB".
+
+    Raises:
+      UserError: another text.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]i?B)", text, re.IGNORECASE)
+    if not found or (size := int(float(found[1]) * _UNITS[found[2].upper()])) < 1:
+        raise UserError(f"--max_shard_size must be a size such as 5GB or 500MiB, got {text!r}.")
+    return size

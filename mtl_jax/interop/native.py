@@ -1,0 +1,237 @@
+"""Our own checkpoints, read and written a layer at a time.
+
+`Checkpointer` reads what is written here, and the other way round; only the layout of the arrays on
+disk differs, because Orbax itself would hold whole stacks of layers in memory.
+"""
+
+import contextlib
+import dataclasses
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orbax.checkpoint as ocp
+
+from mtl_jax.checkpoint import Checkpointer
+from mtl_jax.config_types import format_value
+from mtl_jax.errors import UserError
+from mtl_jax.interop.source import (
+    Source,
+    TensorPath,
+    check_tensors,
+    tensors,
+)
+from mtl_jax.interop.stored import blocks, read_tensorstore, rows_of_block
+from mtl_jax.model_config import T5Config
+
+TOKENIZER = "tokenizer"  # folder in a run directory and in a converted checkpoint
+GIN_FILE = "model.gin"
+# How a run computes, not what: these stay the user's choice.
+_OF_A_RUN = ("dtype", "logits_dtype", "scan_layers", "attention", "remat")
+# Chunks written by training hold many layers; kept, they are not decompressed for each layer.
+_CACHE_BYTES = 1 << 28
+
+
+class NativeSource(Source):
+    """One step of a training run, or a converted checkpoint."""
+
+    def __init__(self, path: Path, step: int | None = None):
+        """Opens the step that `path` or `step` names, by default the newest.
+
+        Raises:
+          UserError: no such checkpoint, or its tensors are not those of its own description.
+        """
+        folder, named = locate(path)
+        if step is not None and named is not None and step != named:
+            raise UserError(f"{path} is the checkpoint of step {named}, not of step {step}.")
+        with Checkpointer(folder, read_only=True) as checkpointer:
+            chosen = named if step is None else step
+            meta = checkpointer.meta(chosen)
+            self.step = checkpointer.latest() or 0 if chosen is None else chosen
+            self._folder = checkpointer.directory / str(self.step) / "state"
+            self.config = _config(meta, self._folder.parent)
+            found = checkpointer.parameters(self.step)
+        check_tensors(
+            self._folder.parent,
+            {"/".join(path): shape for path, shape in tensors(self.config).items()},
+            {name: leaf.shape for name, leaf in found.items()},
+            "its own description",
+        )
+        self.documents = dict(meta.get("source", {}).get("documents", {}))
+        self.tokenizer_folder = folder.parent / TOKENIZER
+        self.description = f"mtl_jax checkpoint of step {self.step}"
+        self._arrays: dict[TensorPath, Any] = {}
+
+    def read(self, path: TensorPath, layer: int | None) -> np.ndarray:
+        """See `Source.read`."""
+        try:
+            array = self._array(path)
+            return read_tensorstore(array if layer is None else array[layer])
+        except ValueError as error:
+            raise UserError(
+                f"{self._folder}: tensor {'/'.join(path)} cannot be read, its files are damaged or "
+                f"incomplete ({str(error)[:200]})."
+            ) from error
+
+    def _array(self, path: TensorPath) -> Any:
+        """The tensorstore of a tensor; errors are ValueErrors."""
+        if path not in self._arrays:
+            array = self._opened(path, cache_bytes=0)
+            if "layers" in path and array.chunk_layout.read_chunk.shape[0] > 1:
+                array = self._opened(path, _CACHE_BYTES)
+            self._arrays = {path: array}  # the one before goes, and its cache
+        return self._arrays[path]
+
+    def _opened(self, path: TensorPath, cache_bytes: int) -> Any:
+        import tensorstore
+
+        name, folder = ".".join(("params", *path)), f"file://{self._folder}/"
+        if (self._folder / "manifest.ocdbt").exists():
+            place: Any = {"driver": "ocdbt", "base": folder, "path": f"{name}/"}
+        else:
+            place = {"driver": "file", "path": f"{self._folder / name}/"}
+        spec = {
+            "driver": "zarr",
+            "kvstore": place,
+            "fill_missing_data_reads": False,
+            "recheck_cached_data": False,
+        }
+        context = tensorstore.Context({"cache_pool": {"total_bytes_limit": cache_bytes}})
+        return tensorstore.open(spec, read=True, context=context).result()
+
+
+def locate(path: Path) -> tuple[Path, int | None]:
+    """The folder `checkpoints` that a path means, and the step that it names, if it does."""
+    path = path.expanduser()
+    if re.fullmatch(r"\d+", path.name) and path.parent.name == "checkpoints":
+        return path.parent, int(path.name)
+    return (path / "checkpoints" if (path / "checkpoints").is_dir() else path), None
+
+
+def _config(meta: dict[str, Any], place: Path) -> T5Config:
+    known = {field.name for field in dataclasses.fields(T5Config)}
+    values = meta.get("model")
+    if not isinstance(values, dict):
+        raise UserError(f"{place} does not say what model it is of; it is no mtl_jax checkpoint.")
+    if unknown := sorted(values.keys() - known):
+        raise UserError(
+            f"{place} has the model's fields {', '.join(unknown)}, which this version of mtl_jax "
+            "does not know: use the version that wrote it."
+        )
+    return T5Config(**values)
+
+
+class _Streamed:
+    """A parameter that is read while it is written; a leaf for Orbax."""
+
+    def __init__(self, source: Source, path: TensorPath, shape: tuple[int, ...]):
+        self.source, self.path, self.shape = source, path, shape
+
+    def layers(self) -> Iterator[tuple[Any, np.ndarray]]:
+        """Yields (index, array): one layer after the other, or the whole tensor."""
+        if "layers" not in self.path:
+            yield (), self.source.read(self.path, None)
+        else:
+            for layer in range(self.shape[0]):
+                yield (layer,), self.source.read(self.path, layer)
+
+
+class _StreamHandler(ocp.type_handlers.TypeHandler):
+    """Writes `_Streamed` leaves as zarr arrays, in chunks of one layer at most."""
+
+    def typestr(self) -> str:
+        # Whoever restores finds a plain array.
+        return "np.ndarray"
+
+    async def metadata(self, infos: Sequence[Any]) -> Sequence[Any]:
+        raise NotImplementedError("written only")
+
+    async def deserialize(self, infos: Sequence[Any], args: Any = None) -> Sequence[Any]:
+        raise NotImplementedError("written only")
+
+    async def serialize(
+        self, values: Sequence[_Streamed], infos: Sequence[Any], args: Any = None
+    ) -> Sequence[Any]:
+        for value, info in zip(values, infos, strict=True):
+            await info.await_path_creation()
+            await _write_array(value, Path(info.parent_dir) / info.name)
+        return []  # nothing is left to be waited for
+
+
+async def _write_array(value: _Streamed, folder: Path) -> None:
+    import tensorstore
+
+    lead = (1,) if "layers" in value.path else ()
+    layer_shape = value.shape[len(lead) :]
+    chunks = (*lead, rows_of_block(layer_shape), *layer_shape[1:])
+    spec = {
+        "driver": "zarr",
+        "kvstore": {"driver": "file", "path": f"{folder}/"},
+        "metadata": {
+            "shape": value.shape,
+            "chunks": chunks,
+            "dtype": "<f4",
+            "compressor": {"id": "zstd", "level": 1},
+        },
+        # A chunk of zeros is no missing chunk: readers take a missing one for damage.
+        "store_data_equal_to_fill_value": True,
+    }
+    array = await tensorstore.open(spec, create=True)
+    for index, x in value.layers():
+        for rows, part in blocks(x):
+            await array[(*index, rows)].write(np.ascontiguousarray(part))
+
+
+def write(source: Source, folder: Path) -> None:
+    """Writes `checkpoints/` and `model.gin` to an empty directory, a layer at a time.
+
+    Args:
+      source: what to write.
+      folder: where.
+
+    Raises:
+      UserError: the source cannot be read.
+    """
+    registry = ocp.type_handlers.create_type_handler_registry((_Streamed, _StreamHandler()))
+    manager = ocp.CheckpointManager(
+        (folder / "checkpoints").absolute(),
+        options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False),
+        item_handlers={
+            "state": ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry),
+            "data_state": ocp.JsonCheckpointHandler(),
+            "meta": ocp.JsonCheckpointHandler(),
+        },
+    )
+    params: dict[str, Any] = {}
+    for path, shape in tensors(source.config).items():
+        node = params
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = _Streamed(source, path, shape)
+    meta = {
+        "model": dataclasses.asdict(source.config),
+        "task_ids": {},
+        "source": {"description": source.description, "documents": dict(source.documents)},
+    }
+    with contextlib.closing(manager):
+        manager.save(
+            0,
+            args=ocp.args.Composite(
+                state=ocp.args.PyTreeSave({"params": params}),
+                data_state=ocp.args.JsonSave({}),
+                meta=ocp.args.JsonSave(meta),
+            ),
+        )
+    (folder / GIN_FILE).write_text(gin_text(source.config), encoding="utf-8")
+
+
+def gin_text(cfg: T5Config) -> str:
+    """The model as a Gin file."""
+    lines = [
+        f"T5.{field.name} = {format_value(getattr(cfg, field.name))}\n"
+        for field in dataclasses.fields(cfg)
+        if field.name not in _OF_A_RUN
+    ]
+    return "# The model of this checkpoint; restore it with Run.restore_from.\n" + "".join(lines)
