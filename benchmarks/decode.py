@@ -6,9 +6,9 @@
 
 All make the same number of tokens from the same inputs, in float32 the same tokens; the end of
 sequence is forbidden until then. They take turns, round by round, in one process with as many
-threads each, so that a change of the machine's speed meets all. Prints medians and ratios, and the share of
-the memory's bandwidth that reading every weight of the decoder once a token comes to. CTranslate2
-takes part on a CPU. Needs the extra `benchmark`.
+threads each, so that a change of the machine's speed meets all. Prints medians and ratios, and the
+share of the memory's bandwidth that reading every weight of the decoder once a token comes to.
+CTranslate2 takes part on a CPU. Needs the extra `benchmark`.
 """
 
 import argparse

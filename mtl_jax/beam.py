@@ -132,8 +132,8 @@ class BeamSearch:
         full_B = worst_done_B > -jnp.inf
         if cfg.early_stopping == "when_full":
             return none_live_B | full_B
-        # The best score it could still get: T5X asks for the longest hypothesis, Hugging Face
-        # only if told so, since with a penalty below its limit it stops too early but sooner.
+        # The best score it could still get. T5X takes the penalty of the longest hypothesis;
+        # Hugging Face does so only for "never": else it takes today's, and may stop too early.
         if cfg.length_penalty == "t5x" or (cfg.early_stopping == "never" and cfg.alpha > 0.0):
             length_B = jnp.full_like(length_B, cfg.max_length)
         hoped_B = live_score_B / length_penalty(cfg, length_B)

@@ -79,9 +79,25 @@ class Session:
         """Parameters of the model."""
         return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(self.abstract_state.params))
 
-    def meta(self, task_ids: dict[str, int]) -> dict[str, Any]:
-        """What a checkpoint says of itself."""
-        return {"model": dataclasses.asdict(self.config.model), "task_ids": task_ids}
+    def meta(self, task_ids: dict[str, int], origin: dict[str, Any]) -> dict[str, Any]:
+        """What a checkpoint says of itself; `origin` is what it was converted from, if anything."""
+        model_fields = dataclasses.asdict(self.config.model)
+        return {"model": model_fields, "task_ids": task_ids} | (
+            {"source": origin} if origin else {}
+        )
+
+    def origin(self, own: Checkpointer) -> dict[str, Any]:
+        """What the run's weights were converted from, as its newest checkpoint says.
+
+        Or, for a run that has none yet, the checkpoint that it starts from.
+        """
+        if own.latest() is not None:
+            return own.meta().get("source", {})
+        if not self.config.run.restore_from:
+            return {}
+        checkpointer, number = open_checkpoint(self.config.run.restore_from)
+        with checkpointer:
+            return checkpointer.meta(number).get("source", {})
 
     def fresh_state(self, given: Mapping[str, jax.Array] | None = None) -> step.TrainState:
         """A new train state, made in place on the mesh.

@@ -126,6 +126,12 @@ def _convert_flags(parser: argparse.ArgumentParser) -> None:
         "--max_shard_size", default="5GB", metavar="SIZE", help="of --to hf's files, such as 500MiB"
     )
     parser.add_argument(
+        "--optimizer",
+        choices=("drop", "keep"),
+        default="drop",
+        help="of SRC: its state is dropped; keep is not supported, and says so",
+    )
+    parser.add_argument(
         "--relpos_max_distance",
         type=int,
         metavar="N",
@@ -185,7 +191,7 @@ COMMANDS = {
         "    --gin.Generate.method=beam --gin.Generate.num_beams=4",
     ),
     "convert": Command(
-        "convert a checkpoint from Hugging Face, T5X or mtl_jax to Hugging Face or mtl_jax",
+        "convert between Hugging Face, T5X and mtl_jax checkpoints",
         _convert_flags,
         "mtl_jax.interop.convert",
         "main",

@@ -38,7 +38,7 @@ def prepare(cfg: T5Config, params: model.Params) -> Weights:
       cross_out [E, D], wi [D, C F], wo [F, D]; its norms; its bias table, if it has its own. Joined
       kernels are a tuple of one; where heads are sharded of several, since joining would move the
       borders of the shards. A layer is an entry of the tuple "layers", or of a leading axis N if
-      `cfg.scan_layers`. Beside them "embedding", "norm" and the common "bias_table" [buckets, heads].
+      `cfg.scan_layers`. Beside them "embedding", "norm" and a common "bias_table" of the buckets.
     """
     decoder = params["decoder"]
     layers: Any = jax.vmap(lambda layer: _prepare_layer(cfg, layer))(decoder["layers"])
@@ -153,18 +153,19 @@ def decode_step(
     x_BRD = nn.with_logical_constraint(x_BRD, ("batch", None, "embed"))
 
     def step(x_BRD: jax.Array, layer: tuple[Weights, Entry, Entry]) -> tuple[jax.Array, Entry]:
-        table = layer[0].get("bias_table", weights.get("bias_table"))
+        table: Any = layer[0].get("bias_table", weights.get("bias_table"))
         return _layer_step(cfg, *layer, table, cache["segments"], position, x_BRD)
 
     layers = (weights["layers"], cache["self"], cache["cross"])
+    entries: Any
     if cfg.scan_layers:
         x_BRD, entries = jax.lax.scan(step, x_BRD, layers)
     else:
-        entries = []
+        made = []
         for layer in zip(*layers, strict=True):
             x_BRD, entry = step(x_BRD, layer)
-            entries.append(entry)
-        entries = tuple(entries)
+            made.append(entry)
+        entries = tuple(made)
     hidden_BRD = rms_norm(x_BRD, weights["norm"], cfg.dtype)
 
     # A position that depends on the outcome, so that every layer has read its cache before it is

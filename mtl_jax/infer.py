@@ -47,6 +47,8 @@ def main(args: argparse.Namespace) -> int:
         inputs_length=job.cfg.inputs_length,
         attention=job.cfg.attention,
     )
+    for note in loaded.notes:
+        say(f"note: {note}")
     written = job.run(loaded, done, total)
     seconds = time.perf_counter() - start
     say(f"{args.output}: {written:,} rows written in {seconds:.0f} s")

@@ -58,6 +58,7 @@ class LoadedModel:
       params: tree of `model.init`; the encoder's layers may be apart (`model.unstack_encoder`).
       tokenizer: texts to tokens and back.
       step: of training; 0 for a model from elsewhere.
+      notes: what to know of how the checkpoint was understood.
       truncated: how many inputs were cut to `inputs_length` so far.
     """
 
@@ -69,6 +70,7 @@ class LoadedModel:
         *,
         where: placement.Placement | None = None,
         step: int = 0,
+        notes: Sequence[str] = (),
         inputs_length: int = 512,
     ):
         """Nothing is compiled yet.
@@ -79,6 +81,7 @@ class LoadedModel:
           words: its tokenizer.
           where: how batches are placed; None: on the default device.
           step: of training.
+          notes: what to know of how the checkpoint was understood.
           inputs_length: longer inputs are cut, and counted in `truncated`.
 
         Raises:
@@ -90,7 +93,7 @@ class LoadedModel:
                 "it is not this model's tokenizer."
             )
         self.config, self.params, self.tokenizer, self.step = config, params, words, step
-        self.inputs_length, self.truncated = inputs_length, 0
+        self.notes, self.inputs_length, self.truncated = tuple(notes), inputs_length, 0
         self._place = where or placement.Placement()
         self._weights: incremental.Weights | None = None  # made when something is generated
         self._prepare = jax.jit(functools.partial(incremental.prepare, config))
@@ -231,8 +234,11 @@ class LoadedModel:
         if self._weights is None:
             with self._place.context():
                 self._weights = self._prepare(self.params)
+        # The seed is an argument of the compiled program, not a part of it.
+        static = dataclasses.replace(config, seed=0)
         context = {
             "eos": np.int32(self.tokenizer.eos_id),
+            "seed": np.uint32(config.seed),
             "stop_table": table,
             "weights": self._weights,
         }
@@ -247,7 +253,7 @@ class LoadedModel:
                 given = [prefix_tokens[i] for i in of_batch]
                 arrays["prefix"] = decode.pad_rows(given, batch.rows, longest)
             return self._generate(
-                self.params, self._place.put(arrays), context, generate_config=config
+                self.params, self._place.put(arrays), context, generate_config=static
             )
 
         found: list[Any] = [None] * len(requests)
@@ -310,6 +316,7 @@ class LoadedModel:
                 batch["encoder_inputs"],
                 batch["encoder_segments"],
                 rows_B=batch["numbers"][:, 0],
+                seed=context["seed"],
                 eos_id=context["eos"],
                 prefix_BP=batch.get("prefix"),
                 stop_table=context["stop_table"],
@@ -396,7 +403,13 @@ def load(
     if not config.scan_layers:
         params = model.unstack_encoder(config, params)
     return LoadedModel(
-        config, params, words, where=where, step=source.step, inputs_length=inputs_length
+        config,
+        params,
+        words,
+        where=where,
+        step=source.step,
+        notes=source.notes,
+        inputs_length=inputs_length,
     )
 
 

@@ -19,6 +19,7 @@ CONFIG = "tokenizer_config.json"
 _SENTENCE_PIECE = ("spiece.model", "sentencepiece.model", "sentencepiece.bpe.model")
 _JSON = "tokenizer.json"
 _JSON_FILES = (_JSON, CONFIG, "special_tokens_map.json", "added_tokens.json")
+_UNKNOWN = " \u2047 "  # SentencePiece's text for it
 _SPACE = "\u2581"  # SentencePiece's mark of a space
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 _SENTINEL = re.compile(r"(<extra_id_\d+>)")
@@ -82,7 +83,8 @@ class SentencePieceTokenizer(Tokenizer):
         import sentencepiece
         from sentencepiece import sentencepiece_model_pb2
 
-        model = sentencepiece_model_pb2.ModelProto()
+        protocol: Any = sentencepiece_model_pb2  # generated, without types
+        model = protocol.ModelProto()
         try:
             model.ParseFromString(Path(path).read_bytes())
         except OSError as error:
@@ -93,7 +95,7 @@ class SentencePieceTokenizer(Tokenizer):
             model.pieces.add(
                 piece=f"<extra_id_{number}>",
                 score=0.0,
-                type=sentencepiece_model_pb2.ModelProto.SentencePiece.USER_DEFINED,
+                type=protocol.ModelProto.SentencePiece.USER_DEFINED,
             )
         try:
             self._model = sentencepiece.SentencePieceProcessor(
@@ -163,7 +165,8 @@ class JsonTokenizer(Tokenizer):
         return self._model.encode(text, add_special_tokens=False).ids
 
     def _decode(self, tokens: list[int]) -> str:
-        return self._model.decode(tokens, skip_special_tokens=False)
+        # Sentinels are special tokens, too, and are to be seen.
+        return self._model.decode(tokens, skip_special_tokens=False).replace("<unk>", _UNKNOWN)
 
     def _piece(self, token: int) -> bytes:
         piece = self._model.id_to_token(token)

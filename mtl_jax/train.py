@@ -63,6 +63,7 @@ def train(session: build.Session, argv: list[str]) -> None:
         with ledger("checkpoint"):
             checkpointer = closing.enter_context(Checkpointer(run.checkpoints, cfg.checkpoint))
             latest = checkpointer.latest()
+            meta = session.meta(task_ids, session.origin(checkpointer))
             first = latest or 0
             if latest is not None:
                 session.check_model(checkpointer.meta(first), run.checkpoints / str(first))
@@ -117,7 +118,7 @@ def train(session: build.Session, argv: list[str]) -> None:
             if last or due(number, cfg.checkpoint.every):
                 book.flush()  # a loss that is not finite must stop the run before it is saved
                 with ledger("checkpoint"):
-                    checkpointer.save(number, state, batch.state, session.meta(task_ids), scores)
+                    checkpointer.save(number, state, batch.state, meta, scores)
         with ledger("checkpoint"):
             checkpointer.wait()
         book.finish(stream.counters_by_task(ahead[1]))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtl_jax import beam, decode, model
+from mtl_jax import beam, decode, model, stop_strings
 from mtl_jax.decode import GenerateConfig
 
 V, MEMORY, ROWS, EOS = 5, 11, 6, 1
@@ -49,10 +49,14 @@ def _toy(monkeypatch):
     )
 
 
+PIECES = ("a", "", "b", "aa", "ba")  # of the toy's tokens
+
+
 def _search(sharpness=1.0, eos_id=EOS, **changes):
     cfg = GenerateConfig(**(dict(method="beam", max_length=4) | changes))
     ones = jnp.ones((ROWS, 1), jnp.int32)
-    run = jax.jit(functools.partial(decode.generate, CFG, cfg, eos_id=eos_id))
+    table = stop_strings.table(PIECES, cfg.stop) if cfg.stop else None
+    run = jax.jit(functools.partial(decode.generate, CFG, cfg, eos_id=eos_id, stop_table=table))
     found = jax.device_get(run(_table(sharpness), ones, ones))
     return [
         [
@@ -74,8 +78,13 @@ def _penalty(kind, alpha, length):
     return ((5 + length) / 6) ** alpha if kind == "t5x" else length**alpha
 
 
-def _plain(row, *, width, length, kind, alpha, early="heuristic", least=0, sharpness=1.0):
+def _plain(row, *, width, length, kind, alpha, early="heuristic", least=0, sharpness=1.0, stop=()):
     """Beam search with lists, in float64."""
+
+    def ended(tokens):
+        text = "".join(PIECES[token] for token in tokens)
+        return tokens[-1] == EOS or any(s in text for s in stop)
+
     live, done = [(0.0, ())], []
     for n in range(1, length + 1):
         candidates = []
@@ -84,12 +93,12 @@ def _plain(row, *, width, length, kind, alpha, early="heuristic", least=0, sharp
                 if v != EOS or n > least:
                     candidates.append((score + log_p, (*tokens, v)))
         candidates = sorted(candidates, reverse=True)[: 2 * width]
-        finishing = [c for c in candidates if c[1][-1] == EOS]
+        finishing = [c for c in candidates if ended(c[1])]
         if kind == "hugging_face":
-            finishing = [c for c in candidates[:width] if c[1][-1] == EOS or n == length]
+            finishing = [c for c in candidates[:width] if ended(c[1]) or n == length]
         done += [(score / _penalty(kind, alpha, n), tokens) for score, tokens in finishing]
         done = sorted(done, reverse=True)[:width]
-        live = [c for c in candidates if c[1][-1] != EOS][:width]
+        live = [c for c in candidates if not ended(c[1])][:width]
         if not live:
             break
         full, at = len(done) == width, n
@@ -116,7 +125,7 @@ def _assert_same(found, expected):
         ("hugging_face", 1.0, "heuristic"),
         ("hugging_face", 1.0, "when_full"),
         ("hugging_face", 1.0, "never"),
-        ("hugging_face", -1.0, "heuristic"),
+        ("hugging_face", -2.0, "never"),
     ],
 )
 def test_the_beams_are_those_of_plain_python(kind, alpha, early, sharpness, width):
@@ -183,6 +192,18 @@ def test_no_beam_ends_before_the_shortest_length(kind):
     alpha = GenerateConfig(method="beam", length_penalty=kind).alpha
     plain = functools.partial(_plain, width=3, length=8, kind=kind, alpha=alpha, sharpness=3.0)
     _assert_same(found, [plain(row, least=4) for row in range(ROWS)])
+
+
+@pytest.mark.parametrize("kind", ["t5x", "hugging_face"])
+def test_a_beam_with_a_stop_string_has_ended(kind):
+    # Strings that take several tokens, so that each beam must keep the state of its own text.
+    stop = ("aabab", "bbb", "abbaa")
+    common = dict(num_beams=3, num_return=3, max_length=8, length_penalty=kind)
+    found = _search(stop=stop, **common)
+    alpha = GenerateConfig(method="beam", length_penalty=kind).alpha
+    plain = functools.partial(_plain, width=3, length=8, kind=kind, alpha=alpha)
+    _assert_same(found, [plain(row, stop=stop) for row in range(ROWS)])
+    assert found != _search(**common)
 
 
 def test_t5x_returns_live_beams_only_where_none_has_finished():

@@ -171,6 +171,8 @@ def test_a_prefix_is_continued(method):
             whole[i, :n] = prefix[i, :n]
             whole[i, n : n + 8] = found.tokens[i, r]
         _, log_probs = _scored(whole, lengths + found.lengths[:, r])
+        # The prefix is not scored.
+        np.testing.assert_allclose(found.scores[:, r], found.log_probs[:, r].sum(-1), atol=2e-5)
         for i, n in enumerate(lengths):
             np.testing.assert_allclose(found.log_probs[i, r], log_probs[i, n : n + 8], atol=2e-5)
     assert found.lengths[1:].max() == 8  # the prefix is not counted

@@ -68,8 +68,7 @@ def test_it_is_hugging_faces_tokenizer_from_either_file(t5, data_folder, tmp_pat
         expected = theirs(text).input_ids
         assert t5.encode(text) == expected
         assert from_json.encode(text) == expected
-        ours = t5.decode(expected).replace("⁇", "<unk>")
-        assert from_json.decode(expected).replace(" ", "") == ours.replace(" ", "")
+        assert from_json.decode(expected).split() == t5.decode(expected).split()
 
 
 @pytest.mark.torch

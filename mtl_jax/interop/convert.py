@@ -23,6 +23,11 @@ def main(args: argparse.Namespace) -> None:
     Raises:
       UserError: nothing was converted, and nothing is left behind.
     """
+    if args.optimizer == "keep":
+        raise UserError(
+            "--optimizer=keep is not supported, nothing of the optimizer's state is converted: a "
+            "run that starts from the parameters (Run.restore_from) begins with a fresh one."
+        )
     # Arrays stay with numpy; a GPU is not to be taken for this.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     source = open_source(args.source, args.step, t5x_options(args))

@@ -17,12 +17,7 @@ import orbax.checkpoint as ocp
 from mtl_jax.checkpoint import Checkpointer
 from mtl_jax.config_types import format_value
 from mtl_jax.errors import UserError
-from mtl_jax.interop.source import (
-    Source,
-    TensorPath,
-    check_tensors,
-    tensors,
-)
+from mtl_jax.interop.source import Source, TensorPath, check_tensors, tensors, written
 from mtl_jax.interop.stored import blocks, read_tensorstore, rows_of_block
 from mtl_jax.model_config import T5Config
 
@@ -52,13 +47,9 @@ class NativeSource(Source):
             self.step = checkpointer.latest() or 0 if chosen is None else chosen
             self._folder = checkpointer.directory / str(self.step) / "state"
             self.config = _config(meta, self._folder.parent)
-            found = checkpointer.parameters(self.step)
-        check_tensors(
-            self._folder.parent,
-            {"/".join(path): shape for path, shape in tensors(self.config).items()},
-            {name: leaf.shape for name, leaf in found.items()},
-            "its own description",
-        )
+        wanted = {"/".join(path): shape for path, shape in tensors(self.config).items()}
+        found = {name: self._stored_shape(tuple(name.split("/"))) for name in wanted}
+        check_tensors(self._folder.parent, wanted, found, "its own description")
         self.documents = dict(meta.get("source", {}).get("documents", {}))
         self.tokenizer_folder = folder.parent / TOKENIZER
         self.description = f"mtl_jax checkpoint of step {self.step}"
@@ -73,6 +64,16 @@ class NativeSource(Source):
             raise UserError(
                 f"{self._folder}: tensor {'/'.join(path)} cannot be read, its files are damaged or "
                 f"incomplete ({str(error)[:200]})."
+            ) from error
+
+    def _stored_shape(self, path: TensorPath) -> tuple[int, ...]:
+        # One by one: Orbax asks for all at once, and after a failure the others complain, too.
+        try:
+            return tuple(self._opened(path, cache_bytes=0).shape)
+        except ValueError as error:
+            raise UserError(
+                f"{self._folder}: tensor {'/'.join(path)} ({written(tensors(self.config)[path])}) "
+                f"cannot be opened, its files are damaged or missing ({str(error)[:200]})."
             ) from error
 
     def _array(self, path: TensorPath) -> Any:
