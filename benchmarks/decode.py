@@ -5,28 +5,31 @@
     python benchmarks/decode.py --tiny     # a small model, to see that it works; writes no file
 
 All make the same number of tokens from the same inputs, in float32 the same tokens; the end of
-sequence is forbidden until then. They take turns, round by round, in one process with as many
-threads each, so that a change of the machine's speed meets all. Prints medians and ratios, and the
-share of the memory's bandwidth that reading every weight of the decoder once a token comes to.
-CTranslate2 takes part on a CPU. Needs the extra `benchmark`.
+sequence is forbidden until then. They take turns, round by round, each in a process of its own
+with as many threads, so that a change of the machine's speed meets all. Prints medians and ratios,
+and the share of the memory's bandwidth that reading every weight of the decoder once a token comes
+to. CTranslate2 takes part on a CPU. Needs the extra `benchmark`.
 """
 
 import argparse
 import functools
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+# Before JAX is imported: the systems share a GPU.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
 import figures
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
-import transformers
 
 from mtl_jax import decode, incremental, interop, model
 from mtl_jax.generate_config import GenerateConfig
@@ -38,25 +41,34 @@ SHAPES = {  # d_model, d_ff, layers, heads
 }
 # Memory bandwidth by name of the device, GB/s, as published.
 BANDWIDTH = {"H200": 4800.0, "H100": 3350.0, "A100": 2039.0}
+# Seconds before each turn: OpenMP's threads spin for a fifth of one after their work, on the cores
+# that the next one needs.
+PAUSE = 0.5
+SECONDS = "seconds "
 Run = Callable[[], np.ndarray]
 
 
-def peer(shape: dict, folder: Path) -> Any:
-    """A random T5 1.1 of Hugging Face, saved to `folder`; weights large enough for clear tokens.
+def make(args: argparse.Namespace) -> int:
+    """Saves a random T5 1.1 of Hugging Face; returns the weights that one token needs.
 
-    Output and embedding are tied and rescaled, which CTranslate2 takes from the configuration.
+    They are the decoder's and the output's. Larger than at the start of training, for clear tokens;
+    output and embedding are tied and rescaled, which CTranslate2 takes from the configuration.
     """
+    import torch
+    import transformers
+
     torch.manual_seed(0)
     config = transformers.T5Config(
-        **shape, d_kv=64, feed_forward_proj="gated-gelu", decoder_start_token_id=0
+        **SHAPES[args.size], d_kv=64, feed_forward_proj="gated-gelu", decoder_start_token_id=0
     )
-    network = transformers.T5ForConditionalGeneration(config).eval()
+    network = transformers.T5ForConditionalGeneration(config)
     with torch.no_grad():
         for parameter in network.parameters():
             if parameter.ndim > 1:
-                parameter.mul_(3)
-    network.save_pretrained(folder)
-    return network
+                parameter.mul_(2)
+    network.save_pretrained(args.folder / "hf")
+    weights = sum(x.numel() for x in network.decoder.block.parameters())
+    return weights + network.lm_head.weight.numel()
 
 
 def ours(folder: Path, dtype: str, inputs_BL: np.ndarray, length: int) -> Run:
@@ -81,9 +93,24 @@ def ours(folder: Path, dtype: str, inputs_BL: np.ndarray, length: int) -> Run:
     return lambda: np.asarray(call().tokens[:, 0])
 
 
-def hugging_face(network: Any, inputs_BL: np.ndarray, length: int) -> Run:
+def loaded(folder: Path) -> Any:
+    """Hugging Face's model."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    return transformers.T5ForConditionalGeneration.from_pretrained(folder).eval()
+
+
+def hugging_face(args: argparse.Namespace, inputs_BL: np.ndarray) -> Run:
     """Hugging Face's generate, with a cache and sdpa attention."""
+    import torch
+
+    network = loaded(args.folder / "hf")
+    if args.gpu:
+        network = network.to("cuda", torch.bfloat16)
     tokens = torch.tensor(inputs_BL, dtype=torch.int64, device=network.device)
+    length = args.length
     options = dict(max_new_tokens=length, min_new_tokens=length, do_sample=False)
 
     def run() -> np.ndarray:
@@ -93,13 +120,12 @@ def hugging_face(network: Any, inputs_BL: np.ndarray, length: int) -> Run:
     return run
 
 
-def ctranslate2_of(
-    network: Any, kind: str, folder: Path, inputs_BL: np.ndarray, length: int
-) -> Run:
+def ctranslate2_of(args: argparse.Namespace, kind: str, inputs_BL: np.ndarray) -> Run:
     """CTranslate2 with the same weights, "float32" or "int8"."""
     import ctranslate2
     from ctranslate2.converters.transformers import T5Loader
 
+    network = loaded(args.folder / "hf")
     words = ["<pad>", "</s>", "<unk>"]
     words += [f"w{number}" for number in range(3, network.config.vocab_size)]
     numbers = {word: number for number, word in enumerate(words)}
@@ -110,12 +136,15 @@ def ctranslate2_of(
     spec.config.eos_token, spec.config.unk_token = "</s>", "<unk>"
     spec.validate()
     spec.optimize(quantization=None if kind == "float32" else kind)
+    folder = args.folder / f"ct2_{kind}_{args.batch}"
     folder.mkdir()
     spec.save(str(folder))
+    del network, spec
     translator = ctranslate2.Translator(
         str(folder), device="cpu", compute_type=kind, inter_threads=1, intra_threads=os.cpu_count()
     )
     rows = [[words[token] for token in row] for row in inputs_BL]
+    length = args.length
 
     def run() -> np.ndarray:
         found = translator.translate_batch(
@@ -126,33 +155,80 @@ def ctranslate2_of(
     return run
 
 
-def measure(runs: dict[str, Run], exact: list[str], rounds: int) -> dict[str, list[float]]:
+class Child:
+    """One system in a process of its own, which works when it is told to.
+
+    In one process the thread pools of two frameworks slow each other down, even while they wait.
+    """
+
+    def __init__(self, system: str, folder: Path, args: argparse.Namespace, batch: int):
+        self._made = folder / f"{system.replace(' ', '_')}_{batch}.npy"
+        command = [sys.executable, __file__, *sys.argv[1:], "--child", system]
+        self._process = subprocess.Popen(
+            [*command, "--folder", str(folder), "--batch", str(batch), "--made", str(self._made)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        self.run()  # the first one compiles
+
+    def run(self) -> float:
+        """One round; returns its seconds."""
+        print("go", file=self._process.stdin, flush=True)
+        for line in self._process.stdout:
+            if line.startswith(SECONDS):
+                return float(line.removeprefix(SECONDS))
+        raise ChildProcessError(f"{self._process.args} ended with {self._process.wait()}")
+
+    def tokens(self) -> np.ndarray:
+        """What it made, int [B, T]."""
+        return np.load(self._made)
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def serve(args: argparse.Namespace) -> None:
+    """The child's side: a round for every line of standard input."""
+    shape = (args.batch, args.inputs)
+    drawn = np.random.RandomState(args.batch)
+    inputs_BL = drawn.randint(3, SHAPES[args.size]["vocab_size"], shape).astype(np.int32)
+    if args.child == "mtl_jax":
+        run = ours(args.folder / "hf", args.dtype, inputs_BL, args.length)
+    elif args.child == "hf generate":
+        run = hugging_face(args, inputs_BL)
+    else:
+        run = ctranslate2_of(args, args.child.split()[1], inputs_BL)
+    for _ in sys.stdin:
+        before = time.perf_counter()
+        made = run()
+        seconds = time.perf_counter() - before
+        np.save(args.made, made)
+        print(f"{SECONDS}{seconds}", flush=True)
+
+
+def measure(children: dict[str, Child], exact: list[str], rounds: int) -> dict[str, list[float]]:
     """Seconds of every round of every system.
 
     Raises:
       ArithmeticError: a system of `exact` makes other tokens than the first one.
     """
-    made = {name: run() for name, run in runs.items()}
-    first = next(iter(made))
+    first = next(iter(children))
     for name in exact:
-        if not np.array_equal(made[first], made[name]):
-            same = np.mean(made[first] == made[name])
+        same = np.mean(children[first].tokens() == children[name].tokens())
+        if same < 1:
             raise ArithmeticError(f"{name} and {first} share {same:.1%} of their tokens only")
-    times: dict[str, list[float]] = {name: [] for name in runs}
+    times: dict[str, list[float]] = {name: [] for name in children}
     for number in range(rounds):
-        names = list(runs)
+        names = list(children)
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
-            before = time.perf_counter()
-            runs[name]()
-            times[name].append(time.perf_counter() - before)
+            time.sleep(PAUSE)
+            times[name].append(children[name].run())
     return times
-
-
-def decoder_bytes(network: Any, size: int) -> int:
-    """Bytes of the weights that one token needs: the decoder and the output."""
-    weights = sum(x.numel() for x in network.decoder.block.parameters())
-    return (weights + network.lm_head.weight.numel()) * size
 
 
 def stream_bandwidth() -> float:
@@ -168,74 +244,73 @@ def stream_bandwidth() -> float:
     return array.nbytes / best / 1e9
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tiny", action="store_true", help="a small model; writes no file")
     parser.add_argument("--gpu", action="store_true", help="base in bfloat16 on an NVIDIA GPU")
-    parser.add_argument("--rounds", type=int, default=9, help="of each system")
+    parser.add_argument("--rounds", type=int, default=11, help="of each system")
     parser.add_argument("--inputs", type=int, default=64, help="tokens of an input")
     parser.add_argument("--length", type=int, default=64, help="tokens made")
+    for name, kind in (("child", str), ("folder", Path), ("batch", int), ("made", Path)):
+        parser.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    size = "tiny" if args.tiny else "base" if args.gpu else "small"
-    dtype = "bfloat16" if args.gpu else "float32"
-    torch.set_num_threads(os.cpu_count() or 1)
+    args.size = "tiny" if args.tiny else "base" if args.gpu else "small"
+    args.dtype = "bfloat16" if args.gpu else "float32"
+    return args
+
+
+def rows_of(args: argparse.Namespace, batch: int, moved_gb: float, bandwidth: float) -> list[dict]:
+    """Measures all systems at one batch size."""
+    systems = ["mtl_jax", "hf generate"]
+    systems += [] if args.gpu else ["ctranslate2 float32", "ctranslate2 int8"]
+    exact = [name for name in systems[1:] if not args.gpu and "int8" not in name]
+    children = {name: Child(name, args.folder, args, batch) for name in systems}
+    times = measure(children, exact, args.rounds)
+    for child in children.values():
+        child.close()
+    rows = []
+    for name, own in times.items():
+        seconds = statistics.median(own)
+        pairs = zip(own, times["mtl_jax"], strict=True)
+        rows.append(
+            {
+                "batch": batch,
+                "system": name,
+                "tokens/s": batch * args.length / seconds,
+                "ms a step": 1e3 * seconds / args.length,
+                "mtl_jax is faster by": statistics.median(a / b for a, b in pairs),
+                "of bandwidth": moved_gb * args.length / seconds / bandwidth,
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    args = arguments()
+    if args.child:
+        serve(args)
+        return
     if args.gpu:
         device = jax.devices("gpu")[0].device_kind
         bandwidth = next((v for k, v in BANDWIDTH.items() if k in device), float("nan"))
     else:
         device, bandwidth = f"{os.cpu_count()} cores", stream_bandwidth()
-
-    rows = []
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        network = peer(SHAPES[size], folder / "hf")
-        if args.gpu:
-            network = network.to("cuda", torch.bfloat16)
-        weights = decoder_bytes(network, 2 if args.gpu else 4)
-        for batch in (1, 128) if args.gpu else (1, 8):
-            drawn = np.random.RandomState(batch)
-            shape = (batch, args.inputs)
-            inputs_BL = drawn.randint(3, SHAPES[size]["vocab_size"], shape).astype(np.int32)
-            runs = {
-                "mtl_jax": ours(folder / "hf", dtype, inputs_BL, args.length),
-                "hf generate": hugging_face(network, inputs_BL, args.length),
-            }
-            exact = [] if args.gpu else ["hf generate"]
-            if not args.gpu:
-                for kind in ("float32", "int8"):
-                    place = folder / f"ct2_{kind}_{batch}"
-                    runs[f"ctranslate2 {kind}"] = ctranslate2_of(
-                        network, kind, place, inputs_BL, args.length
-                    )
-                exact.append("ctranslate2 float32")
-            times = measure(runs, exact, args.rounds)
-            for name, own in times.items():
-                seconds = statistics.median(own)
-                pairs = zip(times[name], times["mtl_jax"], strict=True)
-                rows.append(
-                    {
-                        "batch": batch,
-                        "system": name,
-                        "tokens/s": batch * args.length / seconds,
-                        "ms a step": 1e3 * seconds / args.length,
-                        "mtl_jax is faster by": statistics.median(a / b for a, b in pairs),
-                        "of bandwidth": weights * args.length / seconds / 1e9 / bandwidth,
-                    }
-                )
-    title = f"T5 1.1 {size}, {dtype}, inputs of {args.inputs}, {args.length} tokens, {device}"
+        args.folder = Path(temporary)
+        moved_gb = make(args) * (2 if args.gpu else 4) / 1e9
+        batches = (1, 128) if args.gpu else (1, 8)
+        rows = [row for batch in batches for row in rows_of(args, batch, moved_gb, bandwidth)]
+    title = (
+        f"T5 1.1 {args.size}, {args.dtype}, {args.inputs} inputs, {args.length} tokens, {device}"
+    )
     figures.print_table(title, rows)
     if not args.tiny:
-        packages = (
-            "jax",
-            "jaxlib",
-            "torch",
-            "transformers",
-            *(() if args.gpu else ("ctranslate2",)),
-        )
+        packages = ["jax", "jaxlib", "torch", "transformers"]
+        packages += [] if args.gpu else ["ctranslate2"]
         result = figures.machine(*packages) | {
             "device": device,
             "bandwidth_gb_s": bandwidth,
-            "weights_read_a_token_mb": weights / 1e6,
+            "weights_read_a_token_mb": moved_gb * 1e3,
             "inputs": args.inputs,
             "length": args.length,
             "rounds": args.rounds,

@@ -95,18 +95,15 @@ def generate(
     longest, width = prefix_BP.shape[1] + generate_cfg.max_length, generate_cfg.width
     cache = incremental.start_cache(cfg, weights, encoded_BLD, segments_BL, longest, width)
 
-    def logits_of(cache: Any, tokens_BR: jax.Array, position: jax.Array) -> tuple[jax.Array, Any]:
-        hidden_BRD, cache = incremental.decode_step(cfg, weights, cache, tokens_BR, position)
-        return model.logits(cfg, params, hidden_BRD), cache
-
+    advance = functools.partial(incremental.decode_step, cfg, weights)
     reorder = functools.partial(incremental.reorder_cache, cfg)
     filled_B = jnp.any(segments_BL > 0, axis=-1)
-    return _loop(search, logits_of, reorder, cache, prefix_BP, filled_B)
+    return _loop(search, advance, reorder, cache, prefix_BP, filled_B)
 
 
 def _loop(
     search: BeamSearch | Sampling,
-    logits_of: Callable[[Any, jax.Array, jax.Array], tuple[jax.Array, Any]],
+    advance: Callable[[Any, jax.Array, jax.Array], tuple[jax.Array, Any]],
     reorder: Callable[[Any, jax.Array], Any],
     cache: Any,
     prefix_BP: jax.Array,
@@ -116,7 +113,7 @@ def _loop(
 
     Args:
       search: chooses tokens.
-      logits_of: `(cache, tokens_BR, position) -> (logits_BRV, cache)`.
+      advance: the model: `(cache, tokens_BR, position) -> (logits_BRV, cache)`.
       reorder: `(cache, source_BR) -> cache` of the continuations `source_BR`.
       cache: at the start.
       prefix_BP: int32, tokens that are given.
@@ -130,7 +127,7 @@ def _loop(
 
     def step(carry: tuple) -> tuple:
         position, state, previous_BR, cache = carry
-        logits_BRV, cache = logits_of(cache, previous_BR, position)
+        logits_BRV, cache = advance(cache, previous_BR, position)
         made_B = position - prefix_lengths_B  # below 0 where the next token is the prefix's
         new, tokens_BR, source_BR = search.advance(state, logits_BRV, made_B)
         moves_B = search.open_rows(state) & (made_B >= 0)

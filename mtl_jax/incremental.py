@@ -38,7 +38,8 @@ def prepare(cfg: T5Config, params: model.Params) -> Weights:
       cross_out [E, D], wi [D, C F], wo [F, D]; its norms; its bias table, if it has its own. Joined
       kernels are a tuple of one; where heads are sharded of several, since joining would move the
       borders of the shards. A layer is an entry of the tuple "layers", or of a leading axis N if
-      `cfg.scan_layers`. Beside them "embedding", "norm" and a common "bias_table" of the buckets.
+      `cfg.scan_layers`. Beside them "embedding", "norm", "output" [D, V] and, where the layers
+      share one, "bias_table".
     """
     decoder = params["decoder"]
     layers: Any = jax.vmap(lambda layer: _prepare_layer(cfg, layer))(decoder["layers"])
@@ -47,10 +48,15 @@ def prepare(cfg: T5Config, params: model.Params) -> Weights:
             jax.tree.map(lambda leaf: leaf[n], layers)  # noqa: B023
             for n in range(cfg.num_decoder_layers)
         )
+    embedding = params["token_embedder"]["embedding"]
+    tied = cfg.logits_via_embedding
     weights = {
         "layers": layers,
-        "embedding": params["token_embedder"]["embedding"],
+        "embedding": embedding,
         "norm": decoder["decoder_norm"]["scale"],
+        # Of its own, though it is the embedding: XLA's product of few rows with a transposed matrix
+        # is five times slower on a CPU.
+        "output": embedding.T if tied else decoder["logits_dense"]["kernel"],
     }
     if not cfg.relpos_per_layer:
         weights["bias_table"] = decoder["relpos_bias"]["rel_embedding"].T
@@ -147,7 +153,7 @@ def decode_step(
       position: int32 scalar, below the `max_length` of the cache.
 
     Returns:
-      (hidden_BRD in `cfg.dtype`, the next cache).
+      (logits_BRV, float32, and the next cache).
     """
     x_BRD = jnp.take(weights["embedding"], tokens_BR, axis=0).astype(cfg.dtype)
     x_BRD = nn.with_logical_constraint(x_BRD, ("batch", None, "embed"))
@@ -177,7 +183,8 @@ def decode_step(
         entry = entry[..., None].astype(old.dtype)  # [..., B, R, H, K, 1]
         return jax.lax.dynamic_update_slice_in_dim(old, entry, place, entry.ndim - 1)
 
-    return hidden_BRD, cache | {"self": jax.tree.map(write, cache["self"], entries)}
+    logits_BRV = model.product_with_output(cfg, hidden_BRD, weights["output"])
+    return logits_BRV, cache | {"self": jax.tree.map(write, cache["self"], entries)}
 
 
 def _layer_step(

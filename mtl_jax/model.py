@@ -39,6 +39,7 @@ __all__ = [
     "logits",
     "output_params",
     "param_axes",
+    "product_with_output",
     "unstack_encoder",
 ]
 
@@ -142,18 +143,23 @@ class Decoder(nn.Module):
 
     def logits(self, hidden_BTD: jax.Array, embedding_VD: jax.Array | None) -> jax.Array:
         """`embedding_VD` is for tied models."""
-        # float32 whatever the rest computes in: its rounding goes straight into the loss.
-        hidden_BTD = hidden_BTD.astype(jnp.float32)
-        if self.cfg.rescale_logits:
-            hidden_BTD = hidden_BTD / np.sqrt(self.cfg.emb_dim).astype(np.float32)
         kernel_DV = self.logits_dense() if embedding_VD is None else embedding_VD.T
-        rows_RD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])  # as in `layers.Dense`
-        if self.cfg.logits_dtype == "float32":
-            out_RV = jnp.dot(rows_RD, kernel_DV)
-        else:
-            out_RV = _rounded_product(rows_RD, kernel_DV, self.cfg.logits_dtype)
-        out_BTV = out_RV.reshape(*hidden_BTD.shape[:-1], -1)
-        return nn.with_logical_constraint(out_BTV, ("batch", "length", "vocab"))
+        return product_with_output(self.cfg, hidden_BTD, kernel_DV)
+
+
+def product_with_output(cfg: T5Config, hidden_BTD: jax.Array, kernel_DV: jax.Array) -> jax.Array:
+    """Logits_BTV, float32, of the decoder's hidden states and the output matrix."""
+    # float32 whatever the rest computes in: its rounding goes straight into the loss.
+    hidden_BTD = hidden_BTD.astype(jnp.float32)
+    if cfg.rescale_logits:
+        hidden_BTD = hidden_BTD / np.sqrt(cfg.emb_dim).astype(np.float32)
+    rows_RD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])  # as in `layers.Dense`
+    if cfg.logits_dtype == "float32":
+        out_RV = jnp.dot(rows_RD, kernel_DV)
+    else:
+        out_RV = _rounded_product(rows_RD, kernel_DV, cfg.logits_dtype)
+    out_BTV = out_RV.reshape(*hidden_BTD.shape[:-1], -1)
+    return nn.with_logical_constraint(out_BTV, ("batch", "length", "vocab"))
 
 
 class T5(nn.Module):

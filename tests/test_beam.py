@@ -43,7 +43,6 @@ def _toy(monkeypatch):
     monkeypatch.setattr(decode.incremental, "start_cache", start)
     monkeypatch.setattr(decode.incremental, "prepare", lambda cfg, params: params)
     monkeypatch.setattr(decode.incremental, "decode_step", step)
-    monkeypatch.setattr(decode.model, "logits", lambda cfg, params, hidden: hidden)
     monkeypatch.setattr(
         decode.incremental, "reorder_cache", lambda cfg, cache, source: pick(cache, source)
     )

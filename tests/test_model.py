@@ -217,33 +217,88 @@ def test_dropout_is_off_by_default_and_drawn_from_the_rng():
     assert np.all(np.isfinite(one))
 
 
-def test_cached_decoding_equals_the_parallel_forward():
-    batch = golden.batch()
+@pytest.mark.parametrize(
+    ("version", "changes"),
+    [
+        ("1.1", {"scan_layers": True}),
+        ("1.1", {"scan_layers": False, "relpos_per_layer": True}),
+        ("1.0", {"scan_layers": False}),
+        ("1.0", {"scan_layers": True, "relpos_per_layer": True, "num_encoder_layers": 3}),
+    ],
+    ids=str,
+)
+def test_cached_decoding_equals_the_parallel_forward(version, changes):
+    cfg, batch = golden.config(version, **changes), golden.batch()
+    params = golden.params(cfg)
     inputs = jnp.asarray(batch["decoder_input_tokens"])
 
     @jax.jit
     def start(params):
         segments = batch["encoder_segment_ids"]
-        encoded = model.encode(CFG, params, batch["encoder_input_tokens"], segments)
-        weights = incremental.prepare(CFG, params)
-        cache = incremental.start_cache(CFG, weights, encoded, segments, inputs.shape[1] + 2)
+        encoded = model.encode(cfg, params, batch["encoder_input_tokens"], segments)
+        weights = incremental.prepare(cfg, params)
+        cache = incremental.start_cache(cfg, weights, encoded, segments, inputs.shape[1] + 2)
         return weights, cache
 
     @jax.jit
-    def advance(params, weights, cache, tokens_B, position):
-        hidden_B1D, cache = incremental.decode_step(
-            CFG, weights, cache, tokens_B[:, None], position
+    def advance(weights, cache, tokens_B, position):
+        logits_B1V, cache = incremental.decode_step(
+            cfg, weights, cache, tokens_B[:, None], position
         )
-        return model.logits(CFG, params, hidden_B1D)[:, 0], cache
+        return logits_B1V[:, 0], cache
 
-    (weights, cache), steps = start(PARAMS), []
+    (weights, cache), steps = start(params), []
     for position in range(inputs.shape[1]):
-        logits_BV, cache = advance(PARAMS, weights, cache, inputs[:, position], jnp.int32(position))
+        logits_BV, cache = advance(weights, cache, inputs[:, position], jnp.int32(position))
         steps.append(logits_BV)
     weighted = batch["decoder_loss_weights"] > 0
-    np.testing.assert_allclose(
-        np.stack(steps, axis=1)[weighted], golden.logits("1.1")[weighted], atol=2e-5
-    )
+    whole = jax.jit(functools.partial(step.forward, cfg))(params, batch)
+    np.testing.assert_allclose(np.stack(steps, axis=1)[weighted], whole[weighted], atol=2e-5)
+
+
+def test_layers_apart_encode_the_same():
+    for changes in ({}, {"relpos_per_layer": True}):
+        cfg, batch = golden.config("1.1", **changes), golden.batch()
+        params = golden.params(cfg)
+        encode = jax.jit(functools.partial(model.encode, cfg))
+        args = (batch["encoder_input_tokens"], batch["encoder_segment_ids"])
+        apart = encode(model.unstack_encoder(cfg, params), *args)
+        np.testing.assert_allclose(apart, encode(params, *args), atol=2e-6)
+
+
+def test_a_bias_of_each_layer_is_its_own():
+    """umT5: the same tables in all layers are T5's shared one; other tables are another model."""
+    shared, batch = golden.params(CFG), golden.batch()
+    cfg = dataclasses.replace(CFG, relpos_per_layer=True)
+    params = jax.tree.map(lambda leaf: leaf, shared)
+    for side in ("encoder", "decoder"):
+        table = params[side].pop("relpos_bias")["rel_embedding"]
+        params[side]["layers"]["relpos_bias"] = {"rel_embedding": np.stack([table, table])}
+    forward = jax.jit(functools.partial(step.forward, cfg))
+    np.testing.assert_allclose(forward(params, batch), golden.logits("1.1"), atol=2e-5)
+    for side in ("encoder", "decoder"):
+        params[side]["layers"]["relpos_bias"]["rel_embedding"][1] += (
+            np.float32([[1.0], [-1.0]]) * (np.arange(32, dtype=np.float32)[None])
+        )
+        changed = forward(params, batch)
+        assert np.abs(changed - golden.logits("1.1")).max() > 0.1
+    gradient = jax.jit(jax.grad(lambda p: step.loss_sum(cfg, OBJECTIVE, 1, p, batch)[0]))(params)
+    tables = gradient["decoder"]["layers"]["relpos_bias"]["rel_embedding"]
+    assert np.all(np.any(tables != 0.0, axis=(1, 2)))
+
+
+def test_rescaling_is_apart_from_tying():
+    batch = golden.batch()
+    for version in VERSIONS:
+        scaled, plain = (golden.config(version, rescale_logits=on) for on in (True, False))
+        params = golden.params(scaled)
+        found = [
+            jax.jit(functools.partial(step.forward, c))(params, batch) for c in (scaled, plain)
+        ]
+        np.testing.assert_allclose(
+            found[0] * np.sqrt(scaled.emb_dim), found[1], rtol=1e-5, atol=1e-5
+        )
+        assert golden.config(version).rescale_logits == golden.config(version).logits_via_embedding
 
 
 ENCODER_SEGMENTS = np.array([1, 1, 1, 2, 2, 2, 0, 0], np.int32)
