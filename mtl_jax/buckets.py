@@ -37,6 +37,15 @@ class Batch:
     targets_length: int
     requests: tuple[Request, ...]
 
+    def encoder_arrays(self) -> dict[str, np.ndarray]:
+        """The inputs, padded: encoder_inputs and encoder_segments (1: a token), int32 [rows, L]."""
+        inputs = [request.inputs for request in self.requests]
+        segments = [[1] * len(tokens) for tokens in inputs]
+        return {
+            "encoder_inputs": pad_rows(inputs, self.rows, self.inputs_length),
+            "encoder_segments": pad_rows(segments, self.rows, self.inputs_length),
+        }
+
 
 @dataclasses.dataclass(frozen=True)
 class _Group:
@@ -52,6 +61,18 @@ class _Group:
             self.count + other.count,
             self.shapes + other.shapes,
         )
+
+
+def pad_rows(rows: Sequence[Sequence[int]], count: int, length: int) -> np.ndarray:
+    """Token lists as int32 [count, length], padded with 0.
+
+    Raises:
+      ValueError: a row is longer than `length`, or there are more than `count`.
+    """
+    padded: np.ndarray = np.zeros((count, length), np.int32)
+    for i, row in enumerate(rows):
+        padded[i, : len(row)] = row
+    return padded
 
 
 def bucket(n: int) -> int:

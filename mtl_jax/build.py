@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,7 +26,7 @@ from mtl_jax import (
     tokenizer,
     vocabulary,
 )
-from mtl_jax.checkpoint import Checkpointer
+from mtl_jax.checkpoint import Checkpointer, locate
 from mtl_jax.errors import UserError
 from mtl_jax.evaluate import EvalTask, Evaluator
 from mtl_jax.run_directory import RunDirectory, enable_compile_cache
@@ -264,7 +263,7 @@ def open_checkpoint(path: str) -> tuple[Checkpointer, int | None]:
     Raises:
       UserError: there is no checkpoint at that path, or one of another program.
     """
-    folder, number = Path(path).expanduser(), None
+    folder = Path(path).expanduser()
     if not folder.is_dir():
         raise UserError(f"No checkpoint at {folder}: it is {_what(folder)}.")
     if foreign := _foreign(folder):
@@ -272,10 +271,7 @@ def open_checkpoint(path: str) -> tuple[Checkpointer, int | None]:
             f"{folder} holds a checkpoint of {foreign}, not of mtl_jax: run `mtl-jax convert "
             f"{path} DST --to mtl_jax` first, and name DST instead."
         )
-    if re.fullmatch(r"\d+", folder.name) and folder.parent.name == "checkpoints":
-        folder, number = folder.parent, int(folder.name)
-    elif (folder / "checkpoints").is_dir():
-        folder = folder / "checkpoints"
+    folder, number = locate(folder)
     checkpointer = Checkpointer(folder, read_only=True)
     if checkpointer.latest() is None:
         raise UserError(

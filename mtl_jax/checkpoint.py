@@ -9,6 +9,7 @@ an older checkpoint is deleted only after a newer one is complete. The newest is
 import contextlib
 import dataclasses
 import math
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,14 @@ class CheckpointConfig:
                 "Checkpoint.keep_best and Checkpoint.best_metric belong together: set both or "
                 f"neither (now {self.keep_best} and {self.best_metric!r})."
             )
+
+
+def locate(path: str | Path) -> tuple[Path, int | None]:
+    """The folder `checkpoints` that a path means, and the step that it names, if it does."""
+    path = Path(path).expanduser()
+    if re.fullmatch(r"\d+", path.name) and path.parent.name == "checkpoints":
+        return path.parent, int(path.name)
+    return (path / "checkpoints" if (path / "checkpoints").is_dir() else path), None
 
 
 class Checkpointer:

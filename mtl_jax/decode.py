@@ -26,7 +26,6 @@ __all__ = [
     "greedy",
     "log_probabilities",
     "pack_choices",
-    "pad_rows",
     "score",
     "score_choices",
 ]
@@ -335,18 +334,6 @@ def _target_log_probabilities(
         encoder_segments_BL=encoder_segments_BL,
     )
     return log_probabilities(cfg, params, hidden_BTD, decoder_targets_BT)
-
-
-def pad_rows(rows: Sequence[Sequence[int]], count: int, length: int) -> np.ndarray:
-    """Token lists as int32 [count, length], padded with 0.
-
-    Raises:
-      ValueError: a row is longer than `length`, or there are more than `count`.
-    """
-    padded: np.ndarray = np.zeros((count, length), np.int32)
-    for i, row in enumerate(rows):
-        padded[i, : len(row)] = row
-    return padded
 
 
 def pack_choices(

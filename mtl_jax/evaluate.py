@@ -142,7 +142,7 @@ class Evaluator:
             choices = [request.choices for request in batch.requests]
             packed = decode.pack_choices(choices, batch.rows, batch.targets_length)
             arrays = dict(zip(("inputs", "targets", "segments"), packed, strict=True))
-            arrays |= _encoder_arrays(batch)
+            arrays |= batch.encoder_arrays()
             return self._score(params, self._placement.put(arrays), num_choices=num_choices)
 
         for batch, (scores_BC, lengths_BC) in self._placement.pipelined(batches, dispatch):
@@ -160,7 +160,7 @@ class Evaluator:
             # One for each row, so that tasks of several vocabularies share batches and shapes.
             eos_ids_B1: np.ndarray = np.full((batch.rows, 1), -1, np.int32)
             eos_ids_B1[: len(batch.requests), 0] = [request.key[1] for request in batch.requests]
-            arrays = _encoder_arrays(batch) | {"eos_ids": eos_ids_B1}
+            arrays = batch.encoder_arrays() | {"eos_ids": eos_ids_B1}
             return self._generate(params, self._placement.put(arrays))
 
         for batch, tokens_BT in self._placement.pipelined(batches, dispatch):
@@ -202,12 +202,3 @@ def _text_tokens(generated: list[int], eos_id: int) -> list[int]:
     """What was generated before the end of sequence, without padding."""
     end = generated.index(eos_id) if eos_id in generated else len(generated)
     return [token for token in generated[:end] if token != 0]
-
-
-def _encoder_arrays(batch: buckets.Batch) -> dict[str, np.ndarray]:
-    inputs = [request.inputs for request in batch.requests]
-    segments = [[1] * len(tokens) for tokens in inputs]
-    return {
-        "encoder_inputs": decode.pad_rows(inputs, batch.rows, batch.inputs_length),
-        "encoder_segments": decode.pad_rows(segments, batch.rows, batch.inputs_length),
-    }

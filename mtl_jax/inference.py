@@ -171,7 +171,7 @@ class LoadedModel:
             choices = [request.choices for request in batch.requests]
             packed = decode.pack_choices(choices, batch.rows, batch.targets_length)
             arrays = dict(zip(("inputs", "targets", "segments"), packed, strict=True))
-            arrays |= _encoder_arrays(batch)
+            arrays |= batch.encoder_arrays()
             return self._score(self.params, self._place.put(arrays), num_choices=widest)
 
         scores: list[Any] = [None] * len(requests)
@@ -193,7 +193,7 @@ class LoadedModel:
         requests = [buckets.Request(i, self._tokens(text)) for i, text in enumerate(texts)]
 
         def dispatch(batch: buckets.Batch) -> Any:
-            return self._embed(self.params, self._place.put(_encoder_arrays(batch)))
+            return self._embed(self.params, self._place.put(batch.encoder_arrays()))
 
         vectors: np.ndarray = np.zeros((len(requests), self.config.emb_dim), np.float32)
         for request, row in self._rows(requests, batch_size, dispatch):
@@ -245,13 +245,13 @@ class LoadedModel:
 
         def dispatch(batch: buckets.Batch) -> Any:
             of_batch = [request.key for request in batch.requests]
-            arrays = _encoder_arrays(batch)
+            arrays = batch.encoder_arrays()
             numbers: np.ndarray = np.zeros((batch.rows, 1), np.int32)
             numbers[: len(of_batch), 0] = np.array(of_batch) + first_row
             arrays["numbers"] = numbers
             if any(map(len, prefix_tokens)):
                 given = [prefix_tokens[i] for i in of_batch]
-                arrays["prefix"] = decode.pad_rows(given, batch.rows, longest)
+                arrays["prefix"] = buckets.pad_rows(given, batch.rows, longest)
             return self._generate(
                 self.params, self._place.put(arrays), context, generate_config=static
             )
@@ -430,12 +430,3 @@ def _check_list(texts: Sequence[Any]) -> None:
 def _same_length(texts: Sequence[Any], others: Sequence[Any], name: str) -> None:
     if len(texts) != len(others):
         raise UserError(f"There are {len(texts)} texts but {len(others)} {name}.")
-
-
-def _encoder_arrays(batch: buckets.Batch) -> dict[str, np.ndarray]:
-    inputs = [request.inputs for request in batch.requests]
-    segments = [[1] * len(tokens) for tokens in inputs]
-    return {
-        "encoder_inputs": decode.pad_rows(inputs, batch.rows, batch.inputs_length),
-        "encoder_segments": decode.pad_rows(segments, batch.rows, batch.inputs_length),
-    }

@@ -16,7 +16,8 @@ from mtl_jax.errors import UserError
 
 FOLDER = "tokenizer"  # in a run directory and in a converted checkpoint
 CONFIG = "tokenizer_config.json"
-_SENTENCE_PIECE = ("spiece.model", "sentencepiece.model", "sentencepiece.bpe.model")
+MODEL = "spiece.model"
+_SENTENCE_PIECE = (MODEL, "sentencepiece.model", "sentencepiece.bpe.model")
 _JSON = "tokenizer.json"
 _JSON_FILES = (_JSON, CONFIG, "special_tokens_map.json", "added_tokens.json")
 _UNKNOWN = " \u2047 "  # SentencePiece's text for it

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtl_jax import decode, model
+from mtl_jax import buckets, decode, model
 
 SEGMENTS = (golden.ENCODER > 0).astype(np.int32)
 INPUTS = golden.ENCODER.astype(np.int32)
@@ -111,7 +111,7 @@ _shared_score_function = functools.cache(_score_function)
 
 def _packed_scores(choices, score=None):
     packed = decode.pack_choices(choices, 4, 16)
-    inputs = decode.pad_rows([row[row > 0] for row in INPUTS], 4, 9)
+    inputs = buckets.pad_rows([row[row > 0] for row in INPUTS], 4, 9)
     score = score or _shared_score_function()
     return score(_model("1.1")[1], inputs, (inputs > 0).astype(np.int32), *packed)
 

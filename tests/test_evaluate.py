@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtl_jax import decode, metrics
+from mtl_jax import buckets, decode, metrics
 from mtl_jax.errors import UserError
 from mtl_jax.evaluate import EvalConfig, EvalExample, EvalTask, Evaluator, Placement
 from mtl_jax.results import baselines
@@ -90,7 +90,7 @@ def test_ranking_gives_the_choice_that_scores_best_alone(tmp_path):
     correct = []
     for example, record in zip(task.examples, records, strict=True):
         count = len(example.choices)
-        inputs = decode.pad_rows([example.inputs] * count, 4, 12)
+        inputs = buckets.pad_rows([example.inputs] * count, 4, 12)
         with jax.default_matmul_precision("highest"):
             packed = decode.pack_choices([[choice] for choice in example.choice_tokens], 4, 4)
             alone, lengths = (column[:, 0] for column in score(inputs, *packed))

@@ -244,7 +244,7 @@ def test_cut_inputs_are_told(run, loaded, capsys, monkeypatch):
 @pytest.mark.slow
 def test_kill_minus_nine(folder, tmp_path):
     """The real thing, at random moments."""
-    lines = "".join(json.dumps({"inputs": f"row {n}"}) + "\n" for n in range(400))
+    lines = "".join(json.dumps({"inputs": f"row {n}"}) + "\n" for n in range(2000))
     (tmp_path / "in.jsonl").write_text(lines)
 
     def command(output):
@@ -254,18 +254,18 @@ def test_kill_minus_nine(folder, tmp_path):
         ]
 
     subprocess.run(command("whole.jsonl"), check=True, capture_output=True)
-    drawn, output = random.Random(0), tmp_path / "out.jsonl"
-    kills = 0
-    for _ in range(60):
+    whole, output = (tmp_path / "whole.jsonl").read_bytes(), tmp_path / "out.jsonl"
+    size = lambda: output.stat().st_size if output.exists() else 0  # noqa: E731
+    drawn, kills = random.Random(0), 0
+    for _ in range(20):
         process = subprocess.Popen(command("out.jsonl"), stderr=subprocess.DEVNULL)
-        size = output.stat().st_size if output.exists() else 0
-        while process.poll() is None and (not output.exists() or output.stat().st_size <= size):
-            time.sleep(0.01)
-        time.sleep(drawn.uniform(0, 0.3))
+        enough = size() + drawn.randint(1, len(whole) // 4)
+        while process.poll() is None and size() < enough:
+            time.sleep(0.001)
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
             kills += 1
         if process.wait() == 0:
             break
     assert kills >= 3
-    assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert output.read_bytes() == whole

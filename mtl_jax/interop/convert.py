@@ -8,10 +8,11 @@ import shutil
 import sys
 from pathlib import Path
 
+from mtl_jax import tokenizer as tokenizers
 from mtl_jax.errors import UserError
 from mtl_jax.interop import hf, native
 from mtl_jax.interop.opening import detect, open_source
-from mtl_jax.interop.source import Source, tensors, tokenizer_files
+from mtl_jax.interop.source import Source, tensors
 from mtl_jax.storage import storage_errors
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -105,10 +106,12 @@ def convert(
                 folder = partial
             else:
                 native.write(source, partial)
-                folder = partial / native.TOKENIZER
+                folder = partial / tokenizers.FOLDER
                 folder.mkdir()
             for file in files:
-                shutil.copyfile(file, folder / file.name)
+                # A SentencePiece model goes by many names, but is sought by one.
+                name = tokenizers.MODEL if file.suffix == ".model" else file.name
+                shutil.copyfile(file, folder / name)
             partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -118,7 +121,7 @@ def convert(
 def _given_files(path: Path) -> list[Path]:
     """The tokenizer files that `--tokenizer` means."""
     path = path.expanduser()
-    files = tokenizer_files(path) if path.is_dir() else [path] * path.is_file()
+    files = tokenizers.files(path) if path.is_dir() else [path] * path.is_file()
     if not files:
         what = "has no tokenizer files" if path.is_dir() else "does not exist"
         raise UserError(f"--tokenizer: {path} {what}.")

@@ -6,7 +6,6 @@ disk differs, because Orbax itself would hold whole stacks of layers in memory.
 
 import contextlib
 import dataclasses
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,14 @@ from typing import Any
 import numpy as np
 import orbax.checkpoint as ocp
 
-from mtl_jax.checkpoint import Checkpointer
+from mtl_jax import tokenizer
+from mtl_jax.checkpoint import Checkpointer, locate
 from mtl_jax.config_types import format_value
 from mtl_jax.errors import UserError
 from mtl_jax.interop.source import Source, TensorPath, check_tensors, tensors, written
 from mtl_jax.interop.stored import blocks, read_tensorstore, rows_of_block
 from mtl_jax.model_config import T5Config
 
-TOKENIZER = "tokenizer"  # folder in a run directory and in a converted checkpoint
 GIN_FILE = "model.gin"
 # How a run computes, not what: these stay the user's choice.
 _OF_A_RUN = ("dtype", "logits_dtype", "scan_layers", "attention", "remat")
@@ -51,7 +50,7 @@ class NativeSource(Source):
         found = {name: self._stored_shape(tuple(name.split("/"))) for name in wanted}
         check_tensors(self._folder.parent, wanted, found, "its own description")
         self.documents = dict(meta.get("source", {}).get("documents", {}))
-        self.tokenizer_folder = folder.parent / TOKENIZER
+        self.tokenizer_folder = folder.parent / tokenizer.FOLDER
         self.description = f"mtl_jax checkpoint of step {self.step}"
         self._arrays: dict[TensorPath, Any] = {}
 
@@ -101,14 +100,6 @@ class NativeSource(Source):
         }
         context = tensorstore.Context({"cache_pool": {"total_bytes_limit": cache_bytes}})
         return tensorstore.open(spec, read=True, context=context).result()
-
-
-def locate(path: Path) -> tuple[Path, int | None]:
-    """The folder `checkpoints` that a path means, and the step that it names, if it does."""
-    path = path.expanduser()
-    if re.fullmatch(r"\d+", path.name) and path.parent.name == "checkpoints":
-        return path.parent, int(path.name)
-    return (path / "checkpoints" if (path / "checkpoints").is_dir() else path), None
 
 
 def _config(meta: dict[str, Any], place: Path) -> T5Config:

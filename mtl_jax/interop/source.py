@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mtl_jax import model
+from mtl_jax import model, tokenizer
 from mtl_jax.errors import UserError, suggest
 from mtl_jax.model_config import T5Config
 
@@ -18,12 +18,6 @@ TensorPath = tuple[str, ...]  # of our tree, such as ("decoder", "layers", "mlp"
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
-# All that a tokenizer of Hugging Face may consist of; what is there is carried along.
-TOKENIZER_FILES = (
-    *("spiece.model", "sentencepiece.model", "sentencepiece.bpe.model", "tokenizer.json"),
-    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt", "vocab.txt"),
-)
 _NAMES_SHOWN = 3
 
 
@@ -63,12 +57,7 @@ class Source(abc.ABC):
     @property
     def tokenizer_files(self) -> list[Path]:
         """The files of the tokenizer that are there."""
-        return tokenizer_files(self.tokenizer_folder)
-
-
-def tokenizer_files(folder: Path) -> list[Path]:
-    """The tokenizer files in a folder."""
-    return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+        return tokenizer.files(self.tokenizer_folder)
 
 
 def by_path(tree: Any) -> dict[TensorPath, Any]:
