@@ -12,6 +12,7 @@ to. CTranslate2 takes part on a CPU. Needs the extra `benchmark`.
 """
 
 import argparse
+import copy
 import functools
 import os
 import statistics
@@ -67,6 +68,8 @@ def make(args: argparse.Namespace) -> int:
             if parameter.ndim > 1:
                 parameter.mul_(2)
     network.save_pretrained(args.folder / "hf")
+    if not args.gpu:
+        convert_for_ctranslate2(network, args.folder)
     weights = sum(x.numel() for x in network.decoder.block.parameters())
     return weights + network.lm_head.weight.numel()
 
@@ -93,20 +96,13 @@ def ours(folder: Path, dtype: str, inputs_BL: np.ndarray, length: int) -> Run:
     return lambda: np.asarray(call().tokens[:, 0])
 
 
-def loaded(folder: Path) -> Any:
-    """Hugging Face's model."""
+def hugging_face(args: argparse.Namespace, inputs_BL: np.ndarray) -> Run:
+    """Hugging Face's generate, with a cache and sdpa attention."""
     import torch
     import transformers
 
     torch.set_num_threads(os.cpu_count() or 1)
-    return transformers.T5ForConditionalGeneration.from_pretrained(folder).eval()
-
-
-def hugging_face(args: argparse.Namespace, inputs_BL: np.ndarray) -> Run:
-    """Hugging Face's generate, with a cache and sdpa attention."""
-    import torch
-
-    network = loaded(args.folder / "hf")
+    network = transformers.T5ForConditionalGeneration.from_pretrained(args.folder / "hf").eval()
     if args.gpu:
         network = network.to("cuda", torch.bfloat16)
     tokens = torch.tensor(inputs_BL, dtype=torch.int64, device=network.device)
@@ -120,28 +116,42 @@ def hugging_face(args: argparse.Namespace, inputs_BL: np.ndarray) -> Run:
     return run
 
 
+def convert_for_ctranslate2(network: Any, folder: Path) -> None:
+    """Saves the weights for CTranslate2, as float32 and as int8.
+
+    The loader folds the output's scale into the weights that it is given, so they get a copy each.
+    """
+    from ctranslate2.converters.transformers import T5Loader
+
+    words = _words(network.config.vocab_size)
+    for kind in ("float32", "int8"):
+        spec = T5Loader().get_model_spec(copy.deepcopy(network))
+        spec.register_source_vocabulary(words)
+        spec.register_target_vocabulary(words)
+        spec.config.bos_token = spec.config.decoder_start_token = "<pad>"
+        spec.config.eos_token, spec.config.unk_token = "</s>", "<unk>"
+        spec.validate()
+        spec.optimize(quantization=None if kind == "float32" else kind)
+        (folder / kind).mkdir()
+        spec.save(str(folder / kind))
+
+
+def _words(count: int) -> list[str]:
+    return ["<pad>", "</s>", "<unk>", *(f"w{number}" for number in range(3, count))]
+
+
 def ctranslate2_of(args: argparse.Namespace, kind: str, inputs_BL: np.ndarray) -> Run:
     """CTranslate2 with the same weights, "float32" or "int8"."""
     import ctranslate2
-    from ctranslate2.converters.transformers import T5Loader
 
-    network = loaded(args.folder / "hf")
-    words = ["<pad>", "</s>", "<unk>"]
-    words += [f"w{number}" for number in range(3, network.config.vocab_size)]
+    words = _words(SHAPES[args.size]["vocab_size"])
     numbers = {word: number for number, word in enumerate(words)}
-    spec = T5Loader().get_model_spec(network)
-    spec.register_source_vocabulary(words)
-    spec.register_target_vocabulary(words)
-    spec.config.bos_token = spec.config.decoder_start_token = "<pad>"
-    spec.config.eos_token, spec.config.unk_token = "</s>", "<unk>"
-    spec.validate()
-    spec.optimize(quantization=None if kind == "float32" else kind)
-    folder = args.folder / f"ct2_{kind}_{args.batch}"
-    folder.mkdir()
-    spec.save(str(folder))
-    del network, spec
     translator = ctranslate2.Translator(
-        str(folder), device="cpu", compute_type=kind, inter_threads=1, intra_threads=os.cpu_count()
+        str(args.folder / kind),
+        device="cpu",
+        compute_type=kind,
+        inter_threads=1,
+        intra_threads=os.cpu_count(),
     )
     rows = [[words[token] for token in row] for row in inputs_BL]
     length = args.length
