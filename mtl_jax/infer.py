@@ -134,10 +134,6 @@ class Job:
         """
         path, manifest = self._beside("job.json"), self._manifest()
         if not self._output.exists():
-            with storage_errors("start the output", self._output.parent):
-                self.skipped_path.unlink(missing_ok=True)
-                replace_text(path, json.dumps(manifest, indent=2) + "\n")
-                self._output.touch()
             return 0
         other = "Remove it, or name another --output."
         if not path.is_file():
@@ -156,6 +152,14 @@ class Job:
             _cut_half_line(cut)
         with self._output.open("rb") as file:
             return sum(1 for _ in file)
+
+    def _begin(self) -> None:
+        """Makes the files of a new job; not before a model is there to fill them."""
+        with storage_errors("start the output", self._output.parent):
+            self.skipped_path.unlink(missing_ok=True)
+            manifest = json.dumps(self._manifest(), indent=2)
+            replace_text(self._beside("job.json"), manifest + "\n")
+            self._output.touch()
 
     # ------------------------------------------------------------------------------- rows
 
@@ -221,6 +225,8 @@ class Job:
         Raises:
           UserError: a bad line stops the run, or the rows written before are not the input's.
         """
+        if not self._output.exists():
+            self._begin()
         progress = report.Progress(total, label="rows")
         size = self.cfg.batch_size * self.cfg.window
         before, written, first = self._rows_written(done), 0, 0

@@ -22,6 +22,7 @@ ROWS = [
     {"inputs": "", "targets": ""},
     *[{"inputs": "x" * n, "targets": "y"} for n in range(9)],
 ]
+LOAD = infer.inference.load
 SMALL = ["--gin.Infer.batch_size=2", "--gin.Infer.window=2", "--gin.Generate.max_length=6"]
 
 
@@ -232,6 +233,13 @@ def test_mistakes_in_the_flags_are_told_before_anything_is_loaded(
     assert run() == 1
     assert "in.jsonl is not a file" in capsys.readouterr().err
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_checkpoint_that_is_not_there_leaves_no_output(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(infer.inference, "load", LOAD)
+    assert run(lines=ROWS, checkpoint=tmp_path / "nowhere") == 1
+    assert "nowhere does not exist" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 
 def test_cut_inputs_are_told(run, loaded, capsys, monkeypatch):

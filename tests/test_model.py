@@ -305,17 +305,24 @@ ENCODER_SEGMENTS = np.array([1, 1, 1, 2, 2, 2, 0, 0], np.int32)
 DECODER_SEGMENTS = np.array([1, 1, 1, 2, 2, 0, 0], np.int32)
 
 
-def test_what_a_position_sees_by_exactly_zero_gradients():
+@pytest.mark.parametrize(
+    ("version", "changes"),
+    [("1.1", {}), ("1.1", {"relpos_per_layer": True}), ("1.0", {"num_encoder_layers": 3})],
+    ids=str,
+)
+def test_what_a_position_sees_by_exactly_zero_gradients(version, changes):
     """Every position has a token of its own, so a row of the embedding's gradient is a position."""
+    cfg = golden.config(version, **changes)
+    whole = golden.params(cfg)
     encoder_L = np.arange(len(ENCODER_SEGMENTS), dtype=np.int32) + 1
     decoder_T = np.arange(len(DECODER_SEGMENTS), dtype=np.int32) + 15
-    direction_D = np.random.RandomState(0).randn(CFG.emb_dim).astype(np.float32)
+    direction_D = np.random.RandomState(0).randn(cfg.emb_dim).astype(np.float32)
 
     def outputs(embedding_VD):
-        params = PARAMS | {"token_embedder": {"embedding": embedding_VD}}
-        encoded = model.encode(CFG, params, encoder_L[None], ENCODER_SEGMENTS[None])
+        params = whole | {"token_embedder": {"embedding": embedding_VD}}
+        encoded = model.encode(cfg, params, encoder_L[None], ENCODER_SEGMENTS[None])
         hidden = model.decode(
-            CFG,
+            cfg,
             params,
             encoded,
             decoder_T[None],
@@ -325,7 +332,7 @@ def test_what_a_position_sees_by_exactly_zero_gradients():
         )
         return encoded[0] @ direction_D, hidden[0] @ direction_D
 
-    by_encoder, by_decoder = jax.jit(jax.jacrev(outputs))(PARAMS["token_embedder"]["embedding"])
+    by_encoder, by_decoder = jax.jit(jax.jacrev(outputs))(whole["token_embedder"]["embedding"])
     sees = [np.any(np.asarray(jacobian) != 0.0, axis=-1) for jacobian in (by_encoder, by_decoder)]
 
     def same_segment(queries, keys):
