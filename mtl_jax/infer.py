@@ -93,6 +93,7 @@ class Job:
         self._mode, self._checkpoint = args.mode, args.checkpoint
         self._input, self._output = Path(args.input), Path(args.output)
         self.skipped, self.skipped_path = 0, self._beside("skipped.jsonl")
+        self._begun_at: int | None = None
         if not self._input.is_file():
             raise UserError(f"--input: {self._input} is not a file.")
         if self._output.resolve() == self._input.resolve():
@@ -124,6 +125,10 @@ class Job:
             if name == "Infer" or self._mode == "generate":
                 of_room = dataclasses.asdict(room)
                 values |= {f"{name}.{field}": value for field, value in of_room.items()}
+        # These may change on the way: a run that a bad line has stopped goes on and skips it, and
+        # the newest step is named when there is a newer one. The step itself is compared apart.
+        for name in ("Infer.on_bad_line", "Infer.step"):
+            del values[name]
         return json.loads(json.dumps(values))
 
     def resume(self) -> int:
@@ -142,6 +147,7 @@ class Job:
             before = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise UserError(f"{path} is damaged: remove it together with the output.") from error
+        self._begun_at = before.pop("step", None)
         for name in sorted(manifest.keys() | before.keys()):
             if manifest.get(name) != before.get(name):
                 raise UserError(
@@ -153,11 +159,11 @@ class Job:
         with self._output.open("rb") as file:
             return sum(1 for _ in file)
 
-    def _begin(self) -> None:
+    def _begin(self, step: int) -> None:
         """Makes the files of a new job; not before a model is there to fill them."""
         with storage_errors("start the output", self._output.parent):
             self.skipped_path.unlink(missing_ok=True)
-            manifest = json.dumps(self._manifest(), indent=2)
+            manifest = json.dumps(self._manifest() | {"step": step}, indent=2)
             replace_text(self._beside("job.json"), manifest + "\n")
             self._output.touch()
 
@@ -193,7 +199,9 @@ class Job:
 
     def _parse(self, raw: bytes) -> dict[str, Any]:
         try:
-            fields = json.loads(raw)
+            # Python reads NaN and halves of surrogate pairs, which are no JSON and no UTF-8.
+            fields = json.loads(raw, parse_constant=_refuse_constant)
+            json.dumps(fields, ensure_ascii=False).encode("utf-8")
         except ValueError as error:
             raise ValueError(f"not JSON ({error})") from error
         if not isinstance(fields, dict):
@@ -226,7 +234,13 @@ class Job:
           UserError: a bad line stops the run, or the rows written before are not the input's.
         """
         if not self._output.exists():
-            self._begin()
+            self._begin(loaded.step)
+        elif self._begun_at != loaded.step:
+            # A run that is still training has a newer checkpoint by now.
+            raise UserError(
+                f"{self._output} was begun with the checkpoint of step {self._begun_at}, not "
+                f"{loaded.step}: set --gin.Infer.step={self._begun_at}, or name another --output."
+            )
         progress = report.Progress(total, label="rows")
         size = self.cfg.batch_size * self.cfg.window
         before, written, first = self._rows_written(done), 0, 0
@@ -311,6 +325,10 @@ class Job:
             file.write(text.encode("utf-8"))
             file.flush()
             os.fsync(file.fileno())
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number in it")
 
 
 def _cut_half_line(path: Path) -> None:

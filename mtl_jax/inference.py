@@ -295,6 +295,9 @@ class LoadedModel:
                     text[: min(ends, default=None)], made, float(score), log_probs[:length].tolist()
                 )
             )
+        if not predictions and config.num_return == 1:
+            # All beams of a row can die of stop strings at once.
+            predictions.append(Prediction("", [], -math.inf, []))
         return predictions
 
     def _make_stop_table(self, stop: tuple[str, ...]) -> np.ndarray:

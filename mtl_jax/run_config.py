@@ -51,6 +51,10 @@ class RunConfig:
             raise UserError(
                 f"Run.restore_optimizer must be 'keep' or 'drop', got {self.restore_optimizer!r}."
             )
+        if self.restore_optimizer == "keep" and not self.restore_from:
+            raise UserError(
+                "Run.restore_optimizer = 'keep' needs a checkpoint: set Run.restore_from."
+            )
         self._check_map()
 
     def _check_map(self) -> None:

@@ -161,6 +161,13 @@ def test_a_bad_line_stops_with_its_number_and_keeps_the_rows_before_it(run, tmp_
     assert "in.jsonl, line 4: not JSON" in error
     assert "Infer.on_bad_line=skip" in error
     assert len(read(tmp_path / "out.jsonl")) == 3
+    # As the message says: the same output goes on, and passes over it.
+    assert run(*SMALL, "--gin.Infer.on_bad_line=skip") == 0
+    skipped = [row["inputs"] for row in read(tmp_path / "out.jsonl")]
+    assert skipped == [row["inputs"] for row in ROWS]
+
+    (tmp_path / "out.jsonl").unlink()
+    assert run(*SMALL, lines=lines) == 1
     lines[3] = ROWS[0]
     assert run(*SMALL, lines=lines) == 0  # mended, it goes on behind them
     assert [row["inputs"] for row in read(tmp_path / "out.jsonl")] == [r["inputs"] for r in lines]
@@ -172,6 +179,8 @@ def test_a_bad_line_stops_with_its_number_and_keeps_the_rows_before_it(run, tmp_
         ("[1]\n", "not a JSON object", []),
         ('{"targets": "a"}\n', 'the field "inputs" must be a text', []),
         ('{"inputs": "a", "prefix": 3}\n', 'the field "prefix" must be a text', []),
+        ('{"inputs": "a", "id": NaN}\n', "not JSON (NaN is no number", []),
+        ('{"inputs": "\\ud800"}\n', "not JSON", []),
         ('{"inputs": "a", "prediction": ""}\n', '"prediction" would be overwritten', []),
         ('{"inputs": "a"}\n', '"targets" must be a text or a list', ["--mode=score"]),
         ('{"inputs": "a", "targets": []}\n', '"targets" must be a text or a', ["--mode=score"]),
@@ -190,6 +199,17 @@ def test_bad_lines_are_skipped_with_their_reason(run, tmp_path, line, reason, fl
     assert skipped["line"] == 2
     assert reason in skipped["error"]
     assert len(read(tmp_path / "out.jsonl")) == 2
+
+
+def test_an_output_of_an_older_checkpoint_is_not_mixed(run, loaded, tmp_path, capsys, monkeypatch):
+    assert run(*SMALL, lines=ROWS) == 0
+    before = (tmp_path / "out.jsonl").read_bytes()
+    monkeypatch.setattr(loaded, "step", 9)
+    assert run(*SMALL) == 1
+    assert "checkpoint of step 7, not 9: set --gin.Infer.step=7" in capsys.readouterr().err
+    monkeypatch.setattr(loaded, "step", 7)
+    assert run(*SMALL, "--gin.Infer.step=7") == 0
+    assert (tmp_path / "out.jsonl").read_bytes() == before
 
 
 def test_an_output_of_something_else_is_left_alone(run, tmp_path, capsys):

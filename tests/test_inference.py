@@ -113,6 +113,18 @@ def test_a_text_ends_before_its_stop_string(loaded):
     assert len(found.tokens) == whole.index(stop) + 2
 
 
+def test_a_row_without_a_hypothesis_is_an_empty_text(loaded):
+    none = decode.Generated(
+        tokens=np.zeros((1, 3), np.int32),
+        lengths=np.zeros(1, np.int32),
+        scores=np.full(1, -np.inf, np.float32),
+        log_probs=np.zeros((1, 3), np.float32),
+    )
+    (prediction,) = loaded._predictions(none, GenerateConfig(method="beam"))
+    assert (prediction.text, prediction.tokens, prediction.score) == ("", [], -np.inf)
+    assert loaded._predictions(none, GenerateConfig(method="beam", num_return=2)) == []
+
+
 def test_outputs_continue_their_prefixes(loaded):
     """Forced onto its own beginning, the model goes on as it did."""
     whole = loaded.predict(TEXTS[:2], GenerateConfig(max_length=10))

@@ -349,3 +349,8 @@ def test_maps_and_groups_survive_the_text_of_a_configuration(tmp_path):
     again = config.load([str(tmp_path / "config.gin")])
     assert (again.run, again.optimizer) == (loaded.run, loaded.optimizer)
     assert hash(RunConfig()) == hash(RunConfig(restore_map=[]))
+
+
+def test_keeping_an_optimizer_needs_a_checkpoint_to_keep_it_from():
+    with pytest.raises(UserError, match=r"restore_optimizer = 'keep' needs .* Run\.restore_from"):
+        RunConfig(restore_optimizer="keep")

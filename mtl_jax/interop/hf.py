@@ -135,16 +135,12 @@ class HfSource(Source):
         if stored[EMBEDDING].equals(stored[OUTPUT]):
             del stored[OUTPUT]
             return True
-        if config.get("tie_word_embeddings") is True and _is_of_version_4(config):
+        if config.get("tie_word_embeddings") is True and hf_config.major_version(config) < 5:
             self.notes = (
                 f"{folder / CONFIG} says tie_word_embeddings = true, but {OUTPUT} differs from "
                 f"{EMBEDDING}: the output is taken as not tied, as transformers 5 does",
             )
         return False
-
-
-def _is_of_version_4(config: dict) -> bool:
-    return not str(config.get("transformers_version", "")).startswith("5.")
 
 
 def _headers(folder: Path) -> dict[str, Stored]:

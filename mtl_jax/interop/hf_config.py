@@ -112,10 +112,11 @@ def is_scaled(config: Mapping[str, Any], kind: str) -> bool:
         return tie is not False if scaled is None else bool(scaled)
     if kind == "umt5":
         return tie is not False
-    return tie is True and _major_version(config) < 5
+    return tie is True and major_version(config) < 5
 
 
-def _major_version(config: Mapping[str, Any]) -> int:
+def major_version(config: Mapping[str, Any]) -> int:
+    """Of the transformers that wrote a `config.json`; 0 where it does not say."""
     version = str(config.get("transformers_version") or "0").split(".")[0]
     return int(version) if version.isdigit() else 0
 
@@ -196,7 +197,7 @@ def _say_output(config: dict[str, Any], cfg: T5Config, kind: str) -> list[str]:
         config["tie_word_embeddings"] = tied or scaled
     else:
         config["tie_word_embeddings"] = scaled
-        if kind == "mt5" and scaled and _major_version(config) >= 5:
+        if kind == "mt5" and scaled and major_version(config) >= 5:
             del config["transformers_version"]
     notes = []
     if kind == "umt5" and not scaled:
