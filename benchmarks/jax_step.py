@@ -10,7 +10,7 @@ import numpy as np
 import variants
 from step_time import batch_of
 
-from mtl_jax import model, optim, sharding, step
+from mtl_jax import model, objective, optim, sharding, step
 from mtl_jax.model_config import T5Config
 
 # As the other framework's: AdamW without decay, at a constant rate.
@@ -44,8 +44,8 @@ class Trainer:
         self._rng = jax.random.key(0)
         optimizer = optim.make_optimizer(optimizer_cfg)
         self._init = jax.jit(functools.partial(step.init_state, self.cfg, optimizer))
-        objective = replaced(step.StepConfig(), chosen["step"])
-        update = functools.partial(step.train_step, self.cfg, objective, optimizer_cfg, 1)
+        settings = replaced(objective.StepConfig(), chosen["step"])
+        update = functools.partial(step.train_step, self.cfg, settings, optimizer_cfg, 1)
         self._jitted = jax.jit(update, donate_argnums=0)
         self._programs: dict[int, Any] = {}
         self._state = self._batch = self._program = self._metrics = None

@@ -18,7 +18,7 @@ import figures
 import jax
 import numpy as np
 
-from mtl_jax import flops, model, optim, sharding, step
+from mtl_jax import flops, model, objective, optim, sharding, step
 from mtl_jax.model_config import T5Config
 
 SMALL = T5Config()  # the defaults are T5 1.1 small
@@ -100,9 +100,9 @@ class States:
     def compiled(self, cfg: T5Config, variant: Variant, batch, rng):
         """The train step as `mtl-jax train` compiles it, on one device."""
         cfg = dataclasses.replace(cfg, scan_layers=variant.scan_layers)
-        objective = step.StepConfig(microbatches=variant.microbatches)
+        settings = objective.StepConfig(microbatches=variant.microbatches)
         chosen = OPTIMIZERS[variant.optimizer]
-        update = functools.partial(step.train_step, cfg, objective, chosen, 1)
+        update = functools.partial(step.train_step, cfg, settings, chosen, 1)
         state = self._by_optimizer[variant.optimizer]
         return jax.jit(update, donate_argnums=0).lower(state, batch, rng).compile()
 

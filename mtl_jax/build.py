@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,6 +27,8 @@ from mtl_jax import (
     tokenizer,
     vocabulary,
 )
+from mtl_jax.balance.balancer import Balancer, describe_cost, make_balancer
+from mtl_jax.balance.method import REFERENCE
 from mtl_jax.checkpoint import Checkpointer, locate
 from mtl_jax.errors import UserError
 from mtl_jax.evaluate import EvalTask, Evaluator
@@ -53,6 +56,7 @@ class Session:
       mesh: over all devices.
       axes: logical axis names of the parameters.
       abstract_state: the train state as shapes with shardings.
+      balancer: how the tasks share the update.
       placement: how evaluation puts its batches on the mesh.
     """
 
@@ -61,6 +65,7 @@ class Session:
     mesh: jax.sharding.Mesh
     axes: Any
     abstract_state: step.TrainState
+    balancer: Balancer
     placement: placement.Placement
 
     @property
@@ -77,6 +82,20 @@ class Session:
     def num_parameters(self) -> int:
         """Parameters of the model."""
         return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(self.abstract_state.params))
+
+    @property
+    def balance_cost(self) -> str:
+        """What sharing the update costs, in words."""
+        trained = optim.split(self.config.optimizer, self.abstract_state.params)[0]
+        return describe_cost(self.balancer, sharding.bytes_per_device(trained))
+
+    def rates(self, state: step.TrainState) -> dict[str, float]:
+        """The rates that the method's state suggests for the mixture; empty: none."""
+        method = self.balancer.method
+        if method is None or not hasattr(method, "rates"):
+            return {}
+        # The state is whole on every device.
+        return method.rates(jax.device_get(state.balance.method), self.balancer.names) or {}
 
     def meta(self, task_ids: dict[str, int], origin: dict[str, Any]) -> dict[str, Any]:
         """What a checkpoint says of itself; `origin` is what it was converted from, if anything."""
@@ -115,7 +134,7 @@ class Session:
         optimizer = optim.make_optimizer(self.config.optimizer)
 
         def make(rng: jax.Array) -> step.TrainState:
-            return others(step.init_state(self.config.model, optimizer, rng))
+            return others(step.init_state(self.config.model, optimizer, rng, self.balancer))
 
         with sharding.on_mesh(self.mesh):
             jitted = jax.jit(make, out_shardings=others(self.shardings))
@@ -212,8 +231,20 @@ def build(config: "Config") -> Session:
     _check_vocabulary(config, data.task_names(mixture) if mixture else [])
     _check_evaluation(config)
 
+    run = RunDirectory(config.run.directory, primary=jax.process_index() == 0)
+    task_ids = run.task_ids(data.task_names(mixture) if mixture else [])
+    names = sorted(task_ids, key=task_ids.__getitem__)
     axes = model.param_axes(config.model)
-    make = functools.partial(step.init_state, config.model, optim.make_optimizer(config.optimizer))
+    balancer = make_balancer(
+        config.balance, config.method, names, config.model, patterns.by_path(axes)
+    )
+    config = _with_blocks(config, mesh, balancer)
+    make = functools.partial(
+        step.init_state,
+        config.model,
+        optim.make_optimizer(config.optimizer),
+        balancer=balancer,
+    )
     shapes = jax.eval_shape(make, jax.random.key(0))
     optim.check_groups(config.optimizer, shapes.params)
     restore.plan(config.run.restore_map, patterns.by_path(shapes.params))
@@ -222,8 +253,45 @@ def build(config: "Config") -> Session:
         shapes,
         sharding.state_shardings(mesh, axes, shapes),
     )
-    run = RunDirectory(config.run.directory, primary=jax.process_index() == 0)
-    return Session(config, run, mesh, axes, abstract_state, placement.on_mesh(mesh))
+    return Session(config, run, mesh, axes, abstract_state, balancer, placement.on_mesh(mesh))
+
+
+def _with_blocks(config: "Config", mesh: Mesh, balancer: Balancer) -> "Config":
+    """The configuration with one task in each microbatch, where that is needed or asked for.
+
+    Raises:
+      UserError: the batch cannot be divided so.
+    """
+    blocks, parts = config.data.blocks, config.step.microbatches
+    if not blocks and not balancer.wants_blocks:
+        return config
+    if not blocks:
+        shards = config.data.num_shards or jax.process_count()
+        rows = config.data.batch_size // math.lcm(sharding.replicas(mesh), shards)
+        blocks = parts if parts > 1 else _blocks(rows, len(balancer.names))
+    if parts not in (1, blocks):
+        raise UserError(
+            f"Step.microbatches = {parts} and Data.blocks = {blocks} must be the same where each "
+            "microbatch holds one task: set one of the two."
+        )
+    if balancer.wants_blocks and blocks < 2:
+        raise UserError(
+            f"{config.balance.method or 'Balance.monitor_every'} needs microbatches of one task "
+            f"each, but a batch of {config.data.batch_size} rows cannot be divided: set a larger "
+            "Data.batch_size, or Balance.task_gradients = 'vmap'."
+        )
+    sharding.validate(mesh, config.model, config.data.batch_size, blocks)
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, blocks=blocks),
+        step=dataclasses.replace(config.step, microbatches=blocks),
+    )
+
+
+def _blocks(rows: int, tasks: int) -> int:
+    """The fewest blocks that give each task one of its own, or as many as `rows` divides into."""
+    divisors = [n for n in range(1, rows + 1) if rows % n == 0]
+    return next((n for n in divisors if n >= tasks), divisors[-1])
 
 
 def _eval_names(config: "Config") -> list[str]:
@@ -233,6 +301,10 @@ def _eval_names(config: "Config") -> list[str]:
 
 def _check_evaluation(config: "Config") -> None:
     names = _eval_names(config)
+    if config.balance.follow_rates and not (names and config.eval.every):
+        raise UserError(
+            "Balance.follow_rates sets rates at evaluations: set Eval.tasks and Eval.every."
+        )
     _check_vocabulary(config, names)
     for name in names:
         data.check_split(seqio.TaskRegistry.get(name), config.eval.split)
@@ -338,6 +410,25 @@ def _mapped_state(
     for difference in session.model_differences(checkpointer.meta(number)):
         print(f"  another architecture: its {difference}", file=sys.stderr)
     return session.fresh_state(given)
+
+
+def abstract_reference(session: Session) -> model.Params | None:
+    """The parameters of the frozen model that the method compares with, as shapes; None: none."""
+    return session.abstract_state.params if session.balancer.needs(REFERENCE) else None
+
+
+def reference_params(session: Session) -> model.Params | None:
+    """The parameters of the frozen model that the method compares with; None: none is needed.
+
+    Raises:
+      UserError: no checkpoint there, or one of another model.
+    """
+    if not session.balancer.needs(REFERENCE):
+        return None
+    path = session.balancer.method.reference  # type: ignore[union-attr]
+    params, number = load_params(session, path)
+    print(f"Compared with the frozen model of {path} at step {number:,}", file=sys.stderr)
+    return params
 
 
 def load_params(session: Session, path: str) -> tuple[model.Params, int]:

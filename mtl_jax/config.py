@@ -29,14 +29,16 @@ from mtl_jax.errors import UserError, suggest
 if TYPE_CHECKING:
     import argparse
 
+    from mtl_jax.balance.balance_config import BalanceConfig
+    from mtl_jax.balance.method import Method
     from mtl_jax.checkpoint import CheckpointConfig
     from mtl_jax.data_config import DataConfig, MixtureConfig
     from mtl_jax.eval_task import EvalConfig
     from mtl_jax.model_config import T5Config
+    from mtl_jax.objective import StepConfig
     from mtl_jax.optim import OptimizerConfig
     from mtl_jax.run_config import RunConfig
     from mtl_jax.sharding import MeshConfig
-    from mtl_jax.step import StepConfig
 
 # Gin name -> (field of Config, module, dataclass). Imported when a configuration is loaded, so that
 # the command line answers at once.
@@ -46,7 +48,8 @@ ROOMS = {
     "Mixture": ("mixture", "mtl_jax.data_config", "MixtureConfig"),
     "Optimizer": ("optimizer", "mtl_jax.optim", "OptimizerConfig"),
     "Mesh": ("mesh", "mtl_jax.sharding", "MeshConfig"),
-    "Step": ("step", "mtl_jax.step", "StepConfig"),
+    "Step": ("step", "mtl_jax.objective", "StepConfig"),
+    "Balance": ("balance", "mtl_jax.balance.balance_config", "BalanceConfig"),
     "Run": ("run", "mtl_jax.run_config", "RunConfig"),
     "Checkpoint": ("checkpoint", "mtl_jax.checkpoint", "CheckpointConfig"),
     "Eval": ("eval", "mtl_jax.eval_task", "EvalConfig"),
@@ -57,7 +60,10 @@ HEADER = "# The complete configuration of a run. Load it again with --gin_file.\
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """One resolved configuration; `text` is the Gin file that gives it again."""
+    """One resolved configuration; `text` is the Gin file that gives it again.
+
+    `method` is that of `Balance.method`, with its own fields; None: none is chosen.
+    """
 
     model: "T5Config"
     data: "DataConfig"
@@ -65,6 +71,8 @@ class Config:
     optimizer: "OptimizerConfig"
     mesh: "MeshConfig"
     step: "StepConfig"
+    balance: "BalanceConfig"
+    method: "Method | None"
     run: "RunConfig"
     checkpoint: "CheckpointConfig"
     eval: "EvalConfig"
@@ -290,12 +298,15 @@ def _checked_value(binding: Binding, value: Any, annotation: Any) -> Any:
     return result
 
 
-def resolve(bindings: Iterable[Binding], types: Mapping[str, type]) -> dict[str, Any]:
+def resolve(
+    bindings: Iterable[Binding], types: Mapping[str, type], *, some: bool = False
+) -> dict[str, Any]:
     """Returns one instance of each dataclass of `types`, by its Gin name.
 
     Args:
         bindings: in order; a later one replaces an earlier one of the same field or macro.
         types: dataclasses by Gin name.
+        some: there are other bindings, so that a macro may seem to be used nowhere.
 
     Raises:
         UserError: unknown names and fields, wrong types, references, undefined or unused macros,
@@ -323,7 +334,7 @@ def resolve(bindings: Iterable[Binding], types: Mapping[str, type]) -> dict[str,
         values[binding.name][binding.field] = _checked_value(binding, value, annotation)
         places[binding.name][binding.field] = binding.place
     for name, macro in macros.items():
-        if name not in mentioned:
+        if name not in mentioned and not some:
             near = suggest(name, mentioned | {*types})
             raise UserError(f"{macro.place}: the macro {name} is used nowhere.{near}")
     return {name: _build(name, types[name], values[name], places[name]) for name in types}
@@ -369,28 +380,39 @@ def config_text(rooms: Mapping[str, Any]) -> str:
     return HEADER + "\n" + "\n".join(sections)
 
 
+def rates_text(rates: Mapping[str, float]) -> str:
+    """Returns a Gin file that sets the rates of a mixture, for another run."""
+    head = "# Rates that a method found; use them with: --gin_file=THIS_FILE\n"
+    return f"{head}Mixture.rates = {format_value(rates)}\n"
+
+
+def read_bindings(
+    gin_files: Sequence[str], bindings: Sequence[str], search_paths: Sequence[str]
+) -> list[Binding]:
+    """Returns all bindings of Gin files and flags in their order; a later one replaces an earlier.
+
+    Args:
+        gin_files: names for `find_file`.
+        bindings: texts "NAME.FIELD=VALUE" (see `parse_binding`); they replace those of files.
+        search_paths: folders where Gin files and includes are sought.
+
+    Raises:
+        UserError: a file or flag that cannot be read.
+    """
+    given: list[Binding] = []
+    for name in gin_files:
+        given += read_file(name, search_paths)
+    return given + list(map(parse_binding, bindings))
+
+
 def load_rooms(
     gin_files: Sequence[str],
     bindings: Sequence[str],
     search_paths: Sequence[str],
     types: Mapping[str, type],
 ) -> dict[str, Any]:
-    """Returns one instance of each dataclass of `types` from Gin files and bindings.
-
-    Args:
-        gin_files: names for `find_file`; a later file's values replace an earlier one's.
-        bindings: texts "NAME.FIELD=VALUE" (see `parse_binding`); they replace those of files.
-        search_paths: folders where Gin files and includes are sought.
-        types: dataclasses by Gin name.
-
-    Raises:
-        UserError: any mistake in them.
-    """
-    given: list[Binding] = []
-    for name in gin_files:
-        given += read_file(name, search_paths)
-    given += map(parse_binding, bindings)
-    return resolve(given, types)
+    """Returns one instance of each dataclass of `types`, by its Gin name; see `read_bindings`."""
+    return resolve(read_bindings(gin_files, bindings, search_paths), types)
 
 
 def room_types() -> dict[str, type]:
@@ -398,13 +420,35 @@ def room_types() -> dict[str, type]:
     return {name: getattr(importlib.import_module(m), c) for name, (_, m, c) in ROOMS.items()}
 
 
+def _method_types(given: Sequence[Binding], types: Mapping[str, type]) -> dict[str, type]:
+    """Returns the room of the chosen method, whose name is known when Balance is.
+
+    Raises:
+        UserError: a mistake in Balance, or fields of a method that is not chosen.
+    """
+    from mtl_jax.balance.method import METHODS
+
+    own = [b for b in given if b.name == "Balance" or (not b.field and b.name not in types)]
+    balance = resolve(own, {"Balance": types["Balance"]}, some=True)["Balance"]
+    for binding in given:
+        if binding.field and binding.name in METHODS and binding.name != balance.method:
+            raise UserError(
+                f"{binding.place}: {binding.name}.{binding.field} is a field of a method that is "
+                f"not chosen: set Balance.method = {binding.name!r}, or remove it."
+            )
+    return {balance.method: METHODS[balance.method]} if balance.method else {}
+
+
 def load(
     gin_files: Sequence[str], bindings: Sequence[str] = (), search_paths: Sequence[str] = ()
 ) -> Config:
-    """Returns the whole configuration; see `load_rooms`."""
-    rooms = load_rooms(gin_files, bindings, search_paths, room_types())
-    parts = {ROOMS[name][0]: value for name, value in rooms.items()}
-    return Config(**parts, text=config_text(rooms))
+    """Returns the whole configuration; see `read_bindings` and `resolve`."""
+    given, types = read_bindings(gin_files, bindings, search_paths), room_types()
+    of_method = _method_types(given, types)
+    rooms = resolve(given, types | of_method)
+    parts = {ROOMS[name][0]: value for name, value in rooms.items() if name in ROOMS}
+    method = next((rooms[name] for name in of_method), None)
+    return Config(**parts, method=method, text=config_text(rooms))
 
 
 def load_args(args: "argparse.Namespace") -> Config:

@@ -14,15 +14,13 @@ a handful of numbers for each task, and the global batch depends on S, not on ho
 share the shards.
 """
 
-import base64
 import dataclasses
-import hashlib
+import itertools
 import logging
 import queue
 import threading
 import time
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,18 +40,9 @@ from mtl_jax.mixtures import (
     task_names,
     vocabulary,
 )
-from mtl_jax.packing import (
-    COUNTERS,
-    Example,
-    Rows,
-    TaskDraws,
-    Waiting,
-    add_counters,
-    count,
-    fill,
-    trim,
-)
-from mtl_jax.reading import SIDES, Epoch, TaskReader
+from mtl_jax.packing import COUNTERS, BlockDraws, add_counters, block_shares, row_need
+from mtl_jax.reading import Epoch, TaskReader
+from mtl_jax.shards import Shard, Snapshot
 
 __all__ = [
     "Batch",
@@ -72,6 +61,7 @@ __all__ = [
 ]
 
 _STATE_VERSION = 2
+_MEASURED = 64  # examples of a task from which its need of rows is estimated
 _log = logging.getLogger(__name__)
 
 
@@ -84,17 +74,29 @@ class Batch:
         counters: int64 [tasks, len(COUNTERS)], since the start of training, in the order of
             `TrainStream.tasks`; of this process.
         snapshots: position of each shard; `state` makes JSON of it.
+        rates: of the tasks, where `TrainStream.by_rates` has set them; else empty.
+        needs: `TrainStream.needs`.
     """
 
     arrays: dict[str, np.ndarray]
     counters: np.ndarray
-    snapshots: tuple["_Snapshot", ...]
+    snapshots: tuple[Snapshot, ...]
+    rates: tuple[float, ...]
+    needs: tuple[float, ...]
 
     @property
     def state(self) -> dict[str, Any]:
         """The position after this batch, JSON-able; made on demand, as most are never saved."""
         shards = {str(snapshot.shard): snapshot.as_json() for snapshot in self.snapshots}
-        return {"version": _STATE_VERSION, **self.snapshots[0].origin, "shards": shards}
+        drawing = {"needs": list(self.needs)}
+        drawing |= {"rates": list(self.rates)} if self.rates else {}
+        return {"version": _STATE_VERSION, **self.snapshots[0].origin, **drawing, "shards": shards}
+
+    @property
+    def examples_drawn(self) -> dict[str, int]:
+        """Examples of each task since the start of training, by name; of this process."""
+        drawn = self.counters[:, COUNTERS.index("examples")].tolist()
+        return dict(zip(self.snapshots[0].origin["tasks"], drawn, strict=True))
 
     @property
     def padding(self) -> tuple[float, float]:
@@ -103,161 +105,6 @@ class Batch:
             self.arrays[f"{side}_segment_ids"] for side in ("encoder", "decoder")
         )
         return float(np.mean(encoder_RL == 0)), float(np.mean(decoder_RT == 0))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Snapshot:
-    """A shard's position: cheap to take for every batch, as arrays are shared and never written."""
-
-    origin: dict[str, Any]
-    shard: int
-    draw: int
-    positions: dict[str, tuple[int, int]]
-    waiting: tuple[Waiting, ...]
-    counters: np.ndarray
-    names: Mapping[int, str]
-
-    def as_json(self) -> dict[str, Any]:
-        tasks = {}
-        for name, (epoch, offset) in self.positions.items():
-            tasks[name] = {"epoch": epoch, "offset": offset}
-        counts = zip(self.origin["tasks"], self.counters.tolist(), strict=True)
-        return {
-            "draw": self.draw,
-            "tasks": tasks,
-            "waiting": _waiting_as_json(self.waiting, self.names),
-            "counters": {name: row for name, row in counts if any(row)},
-        }
-
-
-class _TaskCursor:
-    """One shard's place in one task: reads epoch after epoch, each opened when it is needed."""
-
-    def __init__(self, reader: TaskReader, config: DataConfig, shard: seqio.ShardInfo):
-        self._reader, self._config = reader, config
-        self.name = reader.task.name
-        known = reader.task.num_input_examples(config.split)
-        # A split of fewer examples than shards is read whole by every shard, in different orders.
-        self._whole = known is not None and known < shard.num_shards
-        self._shard = shard
-        self.epoch = self.offset = 0
-        self._usable = False
-        self._stream: Iterator[tuple[np.ndarray, np.ndarray]] | None = None
-
-    def move_to(self, epoch: int, offset: int) -> None:
-        self.epoch, self.offset = epoch, offset
-        self._usable = offset > 0
-        self._stream = None
-
-    def next(self, skipped: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the next example with tokens on both sides and counts those without.
-
-        Raises:
-            UserError: a whole epoch has no such example.
-        """
-        while True:
-            if self._stream is None:
-                self._stream = self._open()
-            for inputs, targets in self._stream:
-                self.offset += 1
-                if len(inputs) and len(targets):
-                    self._usable = True
-                    return inputs, targets
-                skipped[COUNTERS.index("skipped")] += 1
-            if not self._usable:
-                raise UserError(
-                    f"Task {self.name!r} has no usable example in its split "
-                    f"{self._config.split!r}{self._which()}: {self.offset} read, all with an empty "
-                    "side. Mend its data or leave the task out of the mixture."
-                )
-            self.epoch, self.offset, self._usable, self._stream = self.epoch + 1, 0, False, None
-
-    def _which(self) -> str:
-        shards = self._shard.num_shards
-        return f" (shard {self._shard.index} of {shards})" if shards > 1 else ""
-
-    def _open(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        # All shards shuffle alike, or together they would not read every example once.
-        label = f"{self._config.seed}/{self.name}/{self.epoch}"
-        if self._whole:
-            label += f"/{self._shard.index}"
-        seed = int.from_bytes(hashlib.blake2b(label.encode(), digest_size=4).digest(), "big") >> 1
-        epoch = Epoch(
-            split=self._config.split,
-            shuffle=self._config.shuffle,
-            seed=seed,
-            shard_info=None if self._whole or self._shard.num_shards == 1 else self._shard,
-            start=self.offset,
-        )
-        return self._reader.tokens(epoch)
-
-
-class _Shard:
-    """One virtual shard: its draws, its place in every task, and its rows of the batch."""
-
-    def __init__(self, stream: "TrainStream", index: int):
-        config = stream.config
-        self._stream, self.index = stream, index
-        self._info = seqio.ShardInfo(index, stream.num_shards)
-        self._draws = TaskDraws(list(stream.rates.values()), config.seed, index)
-        self._cursors: dict[int, _TaskCursor] = {}
-        self._rows = config.batch_size // stream.num_shards
-        self._waiting: list[Waiting] = []
-        self._draw = 0
-        self._counters_NC = np.zeros((len(stream.tasks), len(COUNTERS)), np.int64)
-
-    def _cursor(self, number: int) -> _TaskCursor:
-        if number not in self._cursors:
-            reader = self._stream.reader(number)
-            self._cursors[number] = _TaskCursor(reader, self._stream.config, self._info)
-        return self._cursors[number]
-
-    def _drawn(self) -> Iterator[Example]:
-        stream = self._stream
-        limits = stream.config.inputs_length, stream.config.targets_length
-        while True:
-            number = self._draws[self._draw]
-            cursor = self._cursor(number)
-            tokens = cursor.next(self._counters_NC[number])
-            self._draw += 1
-            lengths = len(tokens[0]), len(tokens[1])
-            count(self._counters_NC, number, lengths, limits)
-            inputs, targets = (
-                trim(side_tokens, limit, stream.reader(number).eos_after_trim(side))
-                if len(side_tokens) > limit
-                else side_tokens
-                for side, side_tokens, limit in zip(SIDES, tokens, limits, strict=True)
-            )
-            yield Example(stream.task_ids[cursor.name], inputs, targets)
-
-    def next_rows(self) -> dict[str, np.ndarray]:
-        config = self._stream.config
-        rows = Rows(self._rows, config.inputs_length, config.targets_length, config.pack)
-        lookahead = config.lookahead * self._rows if config.pack else 0
-        self._waiting = fill(rows, self._waiting, lookahead, self._drawn())
-        return rows.arrays()
-
-    def snapshot(self) -> _Snapshot:
-        return _Snapshot(
-            origin=self._stream.origin,
-            shard=self.index,
-            draw=self._draw,
-            positions={c.name: (c.epoch, c.offset) for _, c in sorted(self._cursors.items())},
-            waiting=tuple(self._waiting),
-            counters=self._counters_NC.copy(),
-            names=self._stream.names_by_id,
-        )
-
-    def restore(self, saved: Mapping[str, Any]) -> None:
-        numbers = {name: number for number, name in enumerate(self._stream.tasks)}
-        self._draw = int(saved["draw"])
-        self._cursors.clear()
-        for name, place in saved["tasks"].items():
-            self._cursor(numbers[name]).move_to(int(place["epoch"]), int(place["offset"]))
-        self._waiting = _waiting_from_json(saved["waiting"], self._stream.task_ids)
-        self._counters_NC[:] = 0
-        for name, row in saved["counters"].items():
-            self._counters_NC[numbers[name]] = row
 
 
 class TrainStream:
@@ -317,22 +164,67 @@ class TrainStream:
             "lookahead": config.lookahead,
             "inputs_length": config.inputs_length,
             "targets_length": config.targets_length,
+            "blocks": config.blocks,
             "tasks": list(self.tasks),
         }
+        # With blocks: the mean part of a row that an example of each task takes.
+        self.needs: tuple[float, ...] = ()
+        self._block_draws: BlockDraws | None = None
+        self._set: tuple[float, ...] = ()
         per_process = self.num_shards // process_count
         first = process_index * per_process
-        self._shards = [_Shard(self, first + i) for i in range(per_process)]
+        self._shards = [Shard(self, first + i) for i in range(per_process)]
         self._producer: _Producer | None = None
 
     def reader(self, number: int) -> TaskReader:
         """Returns the reader of the task of a number, shared by the shards."""
         return self._readers[number]
 
+    @property
+    def block_draws(self) -> BlockDraws:
+        """The tasks of the blocks of each batch; the same for all shards."""
+        if self._block_draws is None:
+            self.needs = self.needs or self._measured_needs()
+            shares = block_shares(list(self.rates.values()), self.needs)
+            self._block_draws = BlockDraws(shares, self.config.blocks, self.config.seed)
+        return self._block_draws
+
+    def _measured_needs(self) -> tuple[float, ...]:
+        """From the first examples of each task, the same ones in every process."""
+        if not self.config.pack:
+            return (1.0,) * len(self.tasks)
+        lengths = self.config.inputs_length, self.config.targets_length
+        needs = []
+        for reader in self._readers:
+            epoch = Epoch(self.config.split, self.config.shuffle, self.config.seed)
+            found = [
+                row_need(len(inputs), len(targets), *lengths)
+                for inputs, targets in itertools.islice(reader.tokens(epoch), _MEASURED)
+                if len(inputs) and len(targets)
+            ]
+            needs.append(float(np.mean(found)) if found else 1.0)
+        return tuple(needs)
+
+    def by_rates(self, rates: Mapping[str, float], batch: Batch) -> Batch:
+        """Draws by other rates from the position after `batch` on, and returns it with them.
+
+        Batches made ahead are made again. The rates are part of the position from here on.
+
+        Args:
+            rates: of the tasks of the stream, at least 0; those not named keep theirs.
+            batch: the last one that was used.
+        """
+        new = tuple(rates.get(task, rate) for task, rate in self.rates.items())
+        batch = dataclasses.replace(batch, rates=new)
+        self.restore(batch.state)
+        return batch
+
     def _make_batch(self) -> Batch:
         parts = [shard.next_rows() for shard in self._shards]
         arrays = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
         snapshots = tuple(shard.snapshot() for shard in self._shards)
-        return Batch(arrays, add_counters([s.counters for s in snapshots]), snapshots)
+        counters = add_counters([s.counters for s in snapshots])
+        return Batch(arrays, counters, snapshots, self._set, self.needs)
 
     def __iter__(self) -> "TrainStream":
         return self
@@ -356,9 +248,18 @@ class TrainStream:
                 f"The saved position in the data has version {state.get('version')!r}; "
                 f"this mtl_jax reads version {_STATE_VERSION}. Start a new run directory."
             )
+        # Positions from before there were blocks lack them.
         for key, ours in self.origin.items():
-            if state[key] != ours:
-                raise UserError(_mismatch(key, state[key], ours))
+            if (saved := state.get(key, 0)) != ours:
+                raise UserError(_mismatch(key, saved, ours))
+        self.needs = tuple(state.get("needs", ()))
+        self._block_draws = None
+        # Only rates that were set on the way: those of the mixture may be changed for going on.
+        self._set = tuple(state.get("rates", ()))
+        if self._set:
+            self.rates = dict(zip(self.tasks, self._set, strict=True))
+            for shard in self._shards:
+                shard.set_rates(self._set)
         started = time.monotonic()
         for shard in self._shards:
             if str(shard.index) not in state["shards"]:
@@ -426,25 +327,6 @@ class _Producer:
         self._thread.join()
 
 
-def _waiting_as_json(waiting: Sequence[Waiting], names: Mapping[int, str]) -> dict[str, Any]:
-    """The tokens of all examples as one compressed text: lists of numbers would be ten times it."""
-    sides = [tokens for w in waiting for tokens in (w.example.inputs, w.example.targets)]
-    tokens = np.concatenate([np.zeros(0, np.int32), *sides]).astype("<i4")
-    return {
-        "tasks": [names[w.example.task_id] for w in waiting],
-        "batches": [w.batches for w in waiting],
-        "lengths": [len(side) for side in sides],
-        "tokens": base64.b64encode(zlib.compress(tokens.tobytes())).decode(),
-    }
-
-
-def _waiting_from_json(saved: Mapping[str, Any], task_ids: Mapping[str, int]) -> list[Waiting]:
-    tokens = np.frombuffer(zlib.decompress(base64.b64decode(saved["tokens"])), "<i4")
-    sides = np.split(tokens.astype(np.int32), np.cumsum(saved["lengths"])[:-1])
-    each = zip(saved["tasks"], saved["batches"], sides[::2], sides[1::2], strict=False)
-    return [Waiting(Example(task_ids[name], *pair), batches) for name, batches, *pair in each]
-
-
 def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Joins the positions of all processes into one, which any number of processes can restore."""
     shards = {index: shard for state in states for index, shard in state["shards"].items()}
@@ -468,6 +350,11 @@ def _checked_shards(config: DataConfig, process_count: int) -> int:
     if shards % process_count:
         raise UserError(
             f"Data.num_shards = {shards} must be a multiple of the {process_count} processes."
+        )
+    if config.blocks and config.batch_size % (shards * config.blocks):
+        raise UserError(
+            f"Data.batch_size = {config.batch_size} must be a multiple of Data.blocks = "
+            f"{config.blocks} times the {shards} shards (Data.num_shards, or one a process)."
         )
     if config.batch_size % shards:
         raise UserError(

@@ -3,9 +3,8 @@
 from typing import Any
 
 import jax
-import numpy as np
 
-from mtl_jax import build, flops
+from mtl_jax import build, flops, sharding
 from mtl_jax.run_directory import model_info
 
 
@@ -30,9 +29,11 @@ def describe(session: build.Session, compiled: Any) -> str:
         f"Attention: {session.attention}",
         f"Batch: {rows} rows of {inputs} + {targets} tokens, {cfg.step.microbatches} microbatches",
         "Memory per device:",
-        f"  parameters       {_bytes(_per_device(state.params))}",
-        f"  optimizer state  {_bytes(_per_device(state.opt_state))}",
+        f"  parameters       {_bytes(sharding.bytes_per_device(state.params))}",
+        f"  optimizer state  {_bytes(sharding.bytes_per_device(state.opt_state))}",
     ]
+    if session.config.balance.method or session.balancer.every:
+        lines.insert(-3, f"Balance: {session.balance_cost}")
     if memory is not None:
         lines.append(f"  temporaries      {_bytes(memory.temp_size_in_bytes)}")
     peak = flops.peak_flops(jax.devices()[0].device_kind)
@@ -42,13 +43,6 @@ def describe(session: build.Session, compiled: Any) -> str:
         lines.append(f"Step at the peak of these devices: {seconds:.4g} s")
     lines += ["", build.mixture_text(session).rstrip()]
     return "\n".join(lines)
-
-
-def _per_device(tree: Any) -> int:
-    return sum(
-        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-    )
 
 
 def _bytes(number: float) -> str:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from mtl_jax import flops, report
+from mtl_jax import config, data, flops, report
+from mtl_jax.balance_log import BalanceLog
 from mtl_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -43,10 +44,18 @@ class Logbook:
         )
         if primary:
             report.truncate_jsonl(session.run.path / "results.jsonl", first)
+        balancer = session.balancer
+        self._balance_log = BalanceLog(
+            *(session.run.path, balancer.names, balancer.grouping.names),
+            *(balancer.method is not None, first),
+        )
         self._progress = report.Progress(cfg.run.steps, first)
-        self._newest: tuple[int, dict[str, jax.Array], tuple[float, float]] | None = None
+        self._newest: tuple[int, dict[str, jax.Array], data.Batch] | None = None
         self._fetched: list[tuple[int, dict[str, Any]]] = []
         self._padding: list[tuple[float, float]] = []
+        self._drawn: dict[str, int] = {}
+        table = data.mixture_table(cfg.data.mixture, cfg.data.split)
+        self._examples = {row.task: row.examples for row in table}
         self._since = time.perf_counter()
         self._interrupted = self._interruptions()
         device = jax.devices()[0]
@@ -57,15 +66,15 @@ class Logbook:
         self._encoder_positions = cfg.data.batch_size * cfg.data.inputs_length
         self._decoder_positions = cfg.data.batch_size * cfg.data.targets_length
 
-    def add(self, number: int, metrics: dict[str, jax.Array], padding: tuple[float, float]) -> None:
+    def add(self, number: int, metrics: dict[str, jax.Array], batch: data.Batch) -> None:
         """Takes the metrics of the step just dispatched, and reads those of the step before.
 
         Args:
           number: the step.
           metrics: of `step.train_step`, still on the device.
-          padding: shares of padding among the encoder's and the decoder's tokens.
+          batch: of that step.
         """
-        previous, self._newest, self.step = self._newest, (number, metrics, padding), number
+        previous, self._newest, self.step = self._newest, (number, metrics, batch), number
         if previous is not None:
             self._fetch(*previous)
 
@@ -79,15 +88,15 @@ class Logbook:
             newest, self._newest = self._newest, None
             self._fetch(*newest)
 
-    def _fetch(
-        self, number: int, metrics: dict[str, jax.Array], padding: tuple[float, float]
-    ) -> None:
+    def _fetch(self, number: int, metrics: dict[str, jax.Array], batch: data.Batch) -> None:
         with self._ledger("step"):
             values = jax.device_get(metrics)
+        self._balance_log.check(number, values)
         if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
             raise UserError(self._not_finite(number, values))
         self._fetched.append((number, values))
-        self._padding.append(padding)
+        self._padding.append(batch.padding)
+        self._drawn = batch.examples_drawn
         if number % self._every == 0:
             self._write()
 
@@ -148,11 +157,20 @@ class Logbook:
             line[report.task_metric("loss", name)] = sums["task_loss_sum"][index] / count
             line[report.task_metric("accuracy", name)] = sums["task_correct"][index] / count
             line[report.task_metric("tokens", name)] = count
+        line |= self._epochs() | self._balance_log.columns(number, rows)
         self._writer.write(number, line)
         self._progress.update(number, loss=line["loss"], tokens_per_second=speed)
         # Now rather than at the end: a run that is killed keeps its account of time.
         self._ledger.save(self._run)
         self._fetched, self._padding = [], []
+
+    def _epochs(self) -> dict[str, float]:
+        """Passes over each task's examples since the start of training."""
+        return {
+            report.task_metric("epochs", name): drawn / examples
+            for name, drawn in self._drawn.items()
+            if (examples := self._examples.get(name))
+        }
 
     def write_results(self, number: int, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         """Puts evaluation into metrics.jsonl as means over tasks, and returns them.
@@ -171,16 +189,20 @@ class Logbook:
         self._progress.write(f"evaluation at step {number:,}: {overall}")
         return means
 
-    def finish(self, counters: Mapping[str, Mapping[str, int]]) -> None:
+    def finish(self, counters: Mapping[str, Mapping[str, int]], rates: Mapping[str, float]) -> None:
         """Writes what is left: the last metrics, data.json with the data's counters, the ledger.
 
         Args:
           counters: per task, of `TrainStream.counters_by_task`.
+          rates: that a method found for the mixture, for rates.json and rates.gin; empty: none.
         """
         self.flush()
         if self._fetched:
             self._write()
         self._run.write_json("data.json", counters)
+        if rates:
+            self._run.write_json("rates.json", rates)
+            self._run.write_text("rates.gin", config.rates_text(rates))
         self._report_cuts(counters)
         self._ledger.save(self._run)
 

@@ -4,6 +4,7 @@ Letters: B rows, T decoder length, V vocabulary, C chunks, S tokens of a row in 
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -69,7 +70,7 @@ def weighted_loss(
     params: model.Params,
     hidden_BTD: jax.Array,
     targets_BT: jax.Array,
-    weights_BT: jax.Array,
+    weights_BT: jax.Array | Callable[[TokenLosses], jax.Array],
     *,
     z_loss: float,
     label_smoothing: float,
@@ -87,7 +88,8 @@ def weighted_loss(
       params: tree of `model.init`.
       hidden_BTD: float32 or bfloat16, from `model.decode`.
       targets_BT: int32.
-      weights_BT: float32, 0 for padding.
+      weights_BT: float32, 0 for padding; or a function that makes them of the token losses, through
+        which nothing is differentiated (without a chunk only).
       z_loss: see `cross_entropy`.
       label_smoothing: see `cross_entropy`.
       chunk: tokens in a chunk, at least one of every row and all rows alike; 0 for all at once.
@@ -97,6 +99,8 @@ def weighted_loss(
     """
     of_tokens = functools.partial(_of_tokens, cfg, z_loss=z_loss, label_smoothing=label_smoothing)
     if chunk:
+        if callable(weights_BT):
+            raise ValueError("chunks need the weights before the losses")
         of_tokens = _chunked(of_tokens, chunk)
     # float32 is what `model.logits` computes with; from here on its gradient is float32, too.
     hidden_BTD = hidden_BTD.astype(jnp.float32)
@@ -109,7 +113,7 @@ def _of_tokens(
     params: model.Params,
     hidden_BTD: jax.Array,
     targets_BT: jax.Array,
-    weights_BT: jax.Array,
+    weights_BT: jax.Array | Callable[[TokenLosses], jax.Array],
     *,
     z_loss: float,
     label_smoothing: float,
@@ -121,7 +125,10 @@ def _of_tokens(
     # No argmax: on a CPU it takes four times as long as the maximum. A tie counts as correct.
     best_BT = jnp.max(logits_BTV, axis=-1)
     correct_BT = (_target_logit(logits_BTV, targets_BT) >= best_BT).astype(jnp.float32)
-    return jnp.sum(loss_BT * weights_BT), TokenLosses(loss_BT, z_BT, correct_BT)
+    told = TokenLosses(loss_BT, z_BT, correct_BT)
+    if callable(weights_BT):
+        weights_BT = weights_BT(jax.lax.stop_gradient(told))
+    return jnp.sum(loss_BT * weights_BT), told
 
 
 def _chunked(of_tokens: Any, chunk: int) -> Any:

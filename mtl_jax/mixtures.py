@@ -7,6 +7,7 @@ import os
 import pathlib
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -135,11 +136,6 @@ def build_mixture(config: MixtureConfig) -> str:
         return ""
     if not config.tasks:
         raise UserError(f"Mixture.tasks is empty: say which tasks {config.name!r} mixes.")
-    if config.rates != "examples" and (config.maximum is not None or config.temperature != 1.0):
-        raise UserError(
-            "Mixture.maximum and Mixture.temperature need Mixture.rates='examples'; "
-            f"it is {config.rates!r}."
-        )
     # Mixtures among the tasks are opened: a rate belongs to a task, and none is counted twice.
     names = list(dict.fromkeys(task for name in expand(config.tasks) for task in task_names(name)))
     rates = _rates(config, names)
@@ -169,14 +165,56 @@ def _rates(config: MixtureConfig, names: Sequence[str]) -> dict[str, Any]:
     if config.rates == "equal":
         return dict.fromkeys(names, 1.0)
     if config.rates == "examples":
-        rate = functools.partial(
-            examples_rate, maximum=config.maximum, temperature=config.temperature
-        )
-        return dict.fromkeys(names, rate)
+        if config.maximum_per_dataset is None:
+            rate = functools.partial(
+                examples_rate, maximum=config.maximum, temperature=config.temperature
+            )
+            return dict.fromkeys(names, rate)
+        tasks_of_dataset = Counter(info(name).dataset for name in names)
+        return {
+            name: functools.partial(
+                dataset_rate,
+                maximum=config.maximum_per_dataset,
+                tasks=tasks_of_dataset[info(name).dataset],
+                temperature=config.temperature,
+            )
+            for name in names
+        }
+    if config.rates == "unimax":
+        sizes = [examples_rate(seqio.TaskRegistry.get(name)) for name in names]
+        # The configuration has checked that the two are given.
+        shares = unimax_shares(sizes, config.max_epochs or 0.0, config.budget or 0.0)
+        return dict(zip(names, shares, strict=True))
     raise UserError(
-        f"Mixture.rates must be 'equal', 'examples' or a dictionary of numbers, "
-        f"not {config.rates!r}.{suggest(str(config.rates), ['equal', 'examples'])}"
+        f"Mixture.rates must be 'equal', 'examples', 'unimax' or a dictionary of numbers, "
+        f"not {config.rates!r}.{suggest(str(config.rates), ['equal', 'examples', 'unimax'])}"
     )
+
+
+def unimax_shares(sizes: Sequence[float], max_epochs: float, budget: float) -> list[float]:
+    """UniMax: as equal as can be without repeating any task more than `max_epochs` times.
+
+    From the smallest task on, each gets an equal part of what is left of the budget, but not more
+    than `max_epochs` times its size; what it leaves goes to the larger ones. Where the budget is
+    more than all tasks together may take, they are in proportion to their sizes. Chung et al. 2023,
+    "UniMax: Fairer and More Effective Language Sampling", Algorithm 1 (there in characters).
+
+    Args:
+        sizes: of the tasks, positive.
+        max_epochs: the most times a task may be repeated.
+        budget: what is read of all tasks, in the unit of the sizes.
+
+    Returns:
+        Shares in the order of the sizes; they sum to one.
+    """
+    taken = [0.0] * len(sizes)
+    left = budget
+    ascending = sorted(range(len(sizes)), key=lambda task: sizes[task])
+    for place, task in enumerate(ascending):
+        taken[task] = min(left / (len(sizes) - place), max_epochs * sizes[task])
+        left -= taken[task]
+    total = sum(taken)
+    return [part / total for part in taken]
 
 
 def _explicit_rates(rates: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
@@ -202,7 +240,9 @@ def _explicit_rates(rates: Mapping[str, float], names: Sequence[str]) -> dict[st
     return {name: found[name] for name in names}
 
 
-def examples_rate(task: seqio.Task, maximum: float | None, temperature: float) -> float:
+def examples_rate(
+    task: seqio.Task, maximum: float | None = None, temperature: float = 1.0
+) -> float:
     """The number of training examples, cut at `maximum`, then ** (1 / temperature): SeqIO's order.
 
     Raises:
@@ -214,6 +254,24 @@ def examples_rate(task: seqio.Task, maximum: float | None, temperature: float) -
             "num_input_examples, or give Mixture.rates as numbers."
         )
     return seqio.mixing_rate_num_examples(task, maximum=maximum, temperature=temperature)
+
+
+def dataset_rate(task: seqio.Task, maximum: float, tasks: int, temperature: float) -> float:
+    """The number of training examples, but the tasks (prompts) of a large dataset share `maximum`.
+
+    T0's cap (Sanh et al. 2022), before the temperature as SeqIO's.
+
+    Args:
+        task: one of the tasks of a dataset.
+        maximum: a task with more examples counts for this divided by `tasks`.
+        tasks: of the dataset in the mixture.
+        temperature: the rate becomes rate ** (1 / temperature).
+
+    Raises:
+        UserError: the number of examples is not known.
+    """
+    examples = examples_rate(task)
+    return (examples if examples <= maximum else maximum / tasks) ** (1 / temperature)
 
 
 def count_examples(task: seqio.Task, split: str) -> int | None:

@@ -87,6 +87,61 @@ class TaskDraws:
         return int(self._drawn[offset])
 
 
+class BlockDraws:
+    """The tasks of each batch's blocks; those of batch i are a function of (seed, i) alone.
+
+    Systematic sampling: with B blocks a task of share s has floor(B s) or ceil(B s) of them, and
+    B s on average. Tasks of a share of at least 1 / B are in every batch, which methods that
+    compare tasks want. All shards of a stream must agree, so nothing depends on the shard.
+    """
+
+    def __init__(self, shares: Sequence[float], blocks: int, seed: int):
+        """Makes the draws of one stream.
+
+        Args:
+            shares: of the blocks that each task gets in the long run; they sum to one.
+            blocks: in a batch.
+            seed: of the whole stream.
+        """
+        self._bounds = np.cumsum(np.asarray(shares, np.float64))[:-1]
+        self._blocks = blocks
+        # The shards' keys have the seed first: this one is none of theirs.
+        self._key = np.array([2**64 - 1, seed % 2**64], np.uint64)
+
+    def __getitem__(self, batch: int) -> list[int]:
+        """Returns the number of the task of each block of batch `batch`, in ascending order."""
+        counter = np.array([0, 0, 0, batch], np.uint64)
+        generator = np.random.Generator(np.random.Philox(key=self._key, counter=counter))
+        points = (generator.random() + np.arange(self._blocks)) / self._blocks
+        return np.searchsorted(self._bounds, points, side="right").tolist()
+
+
+def block_shares(rates: Sequence[float], needs: Sequence[float]) -> list[float]:
+    """Shares of blocks that leave the examples of each task in proportion to its rate.
+
+    Args:
+        rates: of examples.
+        needs: mean part of a row that an example of each task takes (`Rows.need`): a task of long
+            examples fills more rows with as many.
+    """
+    wanted = np.asarray(rates, np.float64) * np.asarray(needs, np.float64)
+    return (wanted / wanted.sum()).tolist()
+
+
+def interleave(blocks: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Joins the rows of equal blocks in turn: row r is of block r modulo their number.
+
+    So that `objective.split_microbatches` makes each block a microbatch again, whichever shard of
+    the batch the rows are in.
+    """
+    return {
+        name: np.stack([block[name] for block in blocks], axis=1).reshape(
+            -1, *blocks[0][name].shape[1:]
+        )
+        for name in blocks[0]
+    }
+
+
 def trim(tokens: np.ndarray, length: int, eos_after_trim: int | None) -> np.ndarray:
     """Cuts tokens to a length; where the task appends EOS after trimming, the last one stays EOS.
 
@@ -98,6 +153,11 @@ def trim(tokens: np.ndarray, length: int, eos_after_trim: int | None) -> np.ndar
     if eos_after_trim is not None:
         tokens[-1] = eos_after_trim
     return tokens
+
+
+def row_need(inputs: int, targets: int, inputs_length: int, targets_length: int) -> float:
+    """The part of a row that an example of these lengths takes, of the side where it takes more."""
+    return max(min(inputs / inputs_length, 1.0), min(targets / targets_length, 1.0))
 
 
 class Rows:
@@ -114,8 +174,7 @@ class Rows:
 
     def need(self, example: Example) -> float:
         """Returns the part of a row that the example takes, of the side where it takes more."""
-        inputs_length, targets_length = self._lengths
-        return max(len(example.inputs) / inputs_length, len(example.targets) / targets_length)
+        return row_need(len(example.inputs), len(example.targets), *self._lengths)
 
     def place(self, example: Example) -> bool:
         """Puts the example into the row with the least room that suffices on both sides.

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from mtl_jax.errors import UserError
 from mtl_jax.model_config import T5Config
 
 AXES = ("data", "fsdp", "tensor")
+STACKED = ("tasks", "layers")  # leading logical axes that no optimizer factors
 
 # Logical axis -> mesh axes, in order of priority: an array uses each mesh axis once, so an
 # activation ("batch", "length", "embed") spends `fsdp` on its batch, a kernel on its embed axis.
@@ -121,6 +123,11 @@ def validate(mesh: Mesh, model: T5Config, rows: int, microbatches: int = 1) -> N
         )
 
 
+def replicas(mesh: Mesh) -> int:
+    """Into how many parts the rows of a batch are split over the mesh."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def spec(axes: Sequence[str | None], rules: Sequence[Any] = RULES) -> PartitionSpec:
     """The partition of an array with these logical axes."""
     return nn.logical_to_mesh_axes(tuple(axes), rules)
@@ -137,7 +144,7 @@ def state_shardings(mesh: Mesh, axes: Any, state: Any) -> Any:
 
     An optimizer's array belongs to the parameter whose path its own path ends with. Adafactor's
     factored moments lack one axis of it: `v_row` the larger of the two last-sorted axes, `v_col`
-    the other, as in `optax.adafactor`; a stacked `layers` axis is never factored.
+    the other, as in `optax.adafactor`; leading axes of `STACKED` are never factored.
 
     Args:
       mesh: the mesh.
@@ -172,11 +179,14 @@ def _keys(path: Any) -> tuple[str, ...]:
 
 
 def _axes_of_state(
-    shape: tuple[int, ...], axes: tuple[str, ...], param_shape: tuple[int, ...], keys: Sequence[str]
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+    param_shape: tuple[int, ...],
+    keys: Sequence[str],
 ) -> tuple[str | None, ...]:
     if shape == param_shape:
         return axes
-    stacked = 1 if axes[0] == "layers" else 0
+    stacked = sum(1 for _ in itertools.takewhile(lambda axis: axis in STACKED, axes))
     order = np.argsort(param_shape[stacked:])
     if len(order) >= 2 and ("v_row" in keys or "v_col" in keys):
         gone = stacked + int(order[-1] if "v_row" in keys else order[-2])
@@ -188,6 +198,14 @@ def _axes_of_state(
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Where the rows of a batch [B, length] live."""
     return NamedSharding(mesh, spec(("batch", "length")))
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Of arrays, or shapes, with shardings."""
+    return sum(
+        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

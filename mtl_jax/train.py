@@ -33,8 +33,7 @@ def main(args: argparse.Namespace) -> int:
     if not session.config.data.mixture:
         raise UserError("Data.mixture is empty: name a registered task or mixture to train on.")
     if args.dry_run:
-        num_tasks = len(data.task_names(session.config.data.mixture))
-        print(dry_run.describe(session, compile_step(session, num_tasks)))
+        print(dry_run.describe(session, compile_step(session)))
         return 0
     train(session, argv=args.argv)
     print_results(session)
@@ -62,18 +61,11 @@ def train(session: build.Session, argv: list[str]) -> None:
         # A checkpoint of another architecture fails here, before any file is replaced.
         with ledger("checkpoint"):
             checkpointer = closing.enter_context(Checkpointer(run.checkpoints, cfg.checkpoint))
-            latest = checkpointer.latest()
             meta = session.meta(task_ids, session.origin(checkpointer))
-            first = latest or 0
-            if latest is not None:
-                session.check_model(checkpointer.meta(first), run.checkpoints / str(first))
-                state, position, _ = checkpointer.restore(first, session.abstract_state)
-                stream.restore(position)
-                say(f"Continuing from step {first:,} in {run.path}")
-        if latest is None:
-            with ledger("start"):
-                state = build.start_state(session)
-            first = int(state.step)  # not 0 where Run.restore_from gives its step number, too
+            restored = continued(session, checkpointer, stream)
+        with ledger("start"):
+            state = build.start_state(session) if restored is None else restored
+        first = int(state.step)  # of a fresh run, too, where Run.restore_from gives its number
         if first >= cfg.run.steps > 0:
             say(f"Run.steps = {cfg.run.steps:,} are done: {run.path} is at step {first:,}.")
             return
@@ -97,7 +89,7 @@ def train(session: build.Session, argv: list[str]) -> None:
         rng = jax.random.fold_in(jax.random.key(cfg.run.seed), 1)
         rng = jax.device_put(rng, sharding.replicated(mesh))
         with ledger("compile"):
-            update = compile_step(session, len(task_ids))
+            update, reference = compile_step(session), build.reference_params(session)
         with ledger("data"):
             ahead = next_batch(stream, mesh)
 
@@ -105,8 +97,8 @@ def train(session: build.Session, argv: list[str]) -> None:
         for number in range(first + 1, cfg.run.steps + 1):
             arrays, batch = ahead
             with ledger("step"), jax.transfer_guard("disallow"):
-                state, metrics = update(state, arrays, rng)
-            book.add(number, metrics, batch.padding)
+                state, metrics = update(state, arrays, rng, reference)
+            book.add(number, metrics, batch)
             last = number == cfg.run.steps
             if not last:
                 with ledger("data"):
@@ -115,13 +107,30 @@ def train(session: build.Session, argv: list[str]) -> None:
             if eval_tasks and (last or due(number, cfg.eval.every)):
                 book.flush()
                 scores = book.write_results(number, evaluate(number))
+                if cfg.balance.follow_rates and not last:
+                    batch = stream.by_rates(session.rates(state), batch)
+                    ahead = next_batch(stream, mesh)
             if last or due(number, cfg.checkpoint.every):
                 book.flush()  # a loss that is not finite must stop the run before it is saved
                 with ledger("checkpoint"):
                     checkpointer.save(number, state, batch.state, meta, scores)
         with ledger("checkpoint"):
             checkpointer.wait()
-        book.finish(stream.counters_by_task(ahead[1]))
+        book.finish(stream.counters_by_task(ahead[1]), session.rates(state))
+
+
+def continued(
+    session: build.Session, checkpointer: Checkpointer, stream: data.TrainStream
+) -> step.TrainState | None:
+    """The state of the run's newest checkpoint, and the stream where it was; None: a fresh run."""
+    number, run = checkpointer.latest(), session.run
+    if number is None:
+        return None
+    session.check_model(checkpointer.meta(number), run.checkpoints / str(number))
+    state, position, _ = checkpointer.restore(number, session.abstract_state)
+    stream.restore(position)
+    say(f"Continuing from step {number:,} in {run.path}")
+    return state
 
 
 def due(number: int, every: int) -> bool:
@@ -137,16 +146,19 @@ def next_batch(
     return sharding.put_batch(mesh, batch.arrays), batch
 
 
-def compile_step(session: build.Session, num_tasks: int) -> Any:
+def compile_step(session: build.Session) -> Any:
     """The train step, compiled once from shapes; other shapes are errors, not a second compile."""
     cfg, everywhere = session.config, sharding.replicated(session.mesh)
-    update = functools.partial(step.train_step, cfg.model, cfg.step, cfg.optimizer, num_tasks)
+    fixed = cfg.model, cfg.step, cfg.optimizer, len(session.balancer.names)
+    update = functools.partial(step.train_step, *fixed, balancer=session.balancer)
     jitted = jax.jit(update, donate_argnums=0, out_shardings=(session.shardings, everywhere))
     key = jax.eval_shape(lambda: jax.random.key(0))
     rng = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=everywhere)
     batch = session.abstract_batch()
     with sharding.on_mesh(session.mesh):
-        return jitted.lower(session.abstract_state, batch, rng).compile()
+        return jitted.lower(
+            session.abstract_state, batch, rng, build.abstract_reference(session)
+        ).compile()
 
 
 def describe_run(session: build.Session, argv: list[str]) -> None:
@@ -169,6 +181,8 @@ def describe_run(session: build.Session, argv: list[str]) -> None:
         f"{cfg.inputs_length} + {cfg.targets_length} tokens; mesh {mesh}; "
         f"attention {session.attention}"
     )
+    if session.config.balance.method or session.balancer.every:
+        say(f"Balance: {session.balance_cost}")
 
 
 def say(line: str) -> None:

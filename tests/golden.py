@@ -5,7 +5,7 @@ import functools
 import jax
 import numpy as np
 
-from mtl_jax import step
+from mtl_jax import objective
 from mtl_jax.model import T5Config, abstract_params
 
 ENCODER = np.array(
@@ -100,4 +100,4 @@ def pack_last_two(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def logits(version: str) -> np.ndarray:
     """Logits_BTV of the golden batch; computed once for all test files."""
     cfg = config(version)
-    return np.asarray(jax.jit(functools.partial(step.forward, cfg))(params(cfg), batch()))
+    return np.asarray(jax.jit(functools.partial(objective.forward, cfg))(params(cfg), batch()))

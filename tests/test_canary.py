@@ -30,11 +30,12 @@ np.testing.assert_allclose(each[0], (c - y * (c * y).mean(-1, keepdims=True)) / 
 # The golden loss and gradient norm of T5X, in the optimised code that users run.
 import golden
 import optax
-from mtl_jax import step
+from mtl_jax import objective
 
 cfg = golden.config("1.1")
-objective = lambda p: step.loss_sum(cfg, step.StepConfig(z_loss=1e-4), 1, p, golden.batch())[0]
-loss, gradient = jax.jit(jax.value_and_grad(objective))(golden.params(cfg))
+settings = objective.StepConfig(z_loss=1e-4)
+measure = lambda p: objective.loss_sum(cfg, settings, 1, p, golden.batch())[0]
+loss, gradient = jax.jit(jax.value_and_grad(measure))(golden.params(cfg))
 np.testing.assert_allclose(loss, 50.85169, rtol=2e-6)
 np.testing.assert_allclose(optax.tree.norm(gradient), 70.82707, rtol=1e-5)
 """

@@ -19,16 +19,17 @@ PACKAGE = ROOT / "mtl_jax"
 ORDER = (
     # Entry pages.
     *("__main__", "cli", "train", "dry_run", "logbook", "build", "tasks_main", "infer"),
-    "config",
+    *("config", "balance_log"),
     # TensorFlow is allowed here, and so in the entry pages.
-    *("tasks", "data", "eval_reading", "mixtures", "reading", "sources", "packing"),
+    *("tasks", "data", "shards", "eval_reading", "mixtures", "reading", "sources", "packing"),
     *("vocabulary", "quiet_tensorflow"),
     # What uses the model stands before it.
     *("inference", "interop", "evaluate"),
     *("decode", "beam", "sampling", "hypotheses", "stop_strings", "buckets"),
     *("results", "metrics", "eval_task", "placement"),
     # The way of a batch.
-    *("targets", "sharding", "step", "loss", "incremental", "model", "layers"),
+    *("targets", "step", "balanced", "objective", "balance", "sharing", "sharding"),
+    *("loss", "incremental", "model", "layers"),
     *("attention", "kernels", "optim"),
     # What a run leaves behind.
     *("checkpoint", "restore", "report", "report_html", "charts", "tables", "run_directory"),
@@ -37,7 +38,7 @@ ORDER = (
     *("run_config", "config_types", "patterns", "errors"),
 )
 MAY_LOAD_TENSORFLOW = {
-    *("tasks", "data", "eval_reading", "mixtures", "reading", "sources", "vocabulary"),
+    *("tasks", "data", "shards", "eval_reading", "mixtures", "reading", "sources", "vocabulary"),
     "quiet_tensorflow",
 }
 ENTRY_PAGES = {"__main__", "cli", "train", "dry_run", "logbook", "build", "tasks_main", "infer"}

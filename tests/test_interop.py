@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mtl_jax import interop, model, step
+from mtl_jax import interop, model, objective
 from mtl_jax.errors import UserError
 from mtl_jax.interop import convert, hf, hf_config
 from mtl_jax.interop.source import by_path, pieces
@@ -416,10 +416,10 @@ def test_the_numbers_of_transformers(family):
         out.loss.backward()
         expected = out.logits.detach().numpy()[part["decoder_segment_ids"] > 0]
         assert 5 < expected.std() < 50
-        logits = step.forward(cfg, params, batch)[batch["decoder_segment_ids"] > 0]
+        logits = objective.forward(cfg, params, batch)[batch["decoder_segment_ids"] > 0]
         np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4)
 
-        grads, sums = step.gradients(cfg, step.StepConfig(), 1, params, batch, None)
+        grads, sums = objective.gradients(cfg, objective.StepConfig(), 1, params, batch, None)
         loss = sums["task_loss_sum"].sum() / sums["task_tokens"].sum()
         np.testing.assert_allclose(loss, out.loss.item(), rtol=1e-4)
         named = dict(theirs.named_parameters())

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtl_jax import loss, model, sharding, step
+from mtl_jax import loss, model, objective, sharding
 from mtl_jax.errors import UserError
 from mtl_jax.sharding import MeshConfig
 
@@ -42,13 +42,13 @@ def head_inputs(cfg, rows=ROWS, length=LENGTH):
 def head(cfg, chunk, z_loss=0.0, label_smoothing=0.0):
     """(loss, what is told of tokens), gradients to parameters, hidden states and weights."""
 
-    def objective(*inputs):
+    def measure(*inputs):
         total, told = loss.weighted_loss(
             cfg, *inputs, z_loss=z_loss, label_smoothing=label_smoothing, chunk=chunk
         )
         return total / SCALE, told
 
-    return jax.value_and_grad(objective, argnums=(0, 1, 3), has_aux=True)
+    return jax.value_and_grad(measure, argnums=(0, 1, 3), has_aux=True)
 
 
 def assert_same(found, expected, rtol=1e-5):
@@ -124,10 +124,10 @@ def batch():
 
 
 def step_gradients(cfg, chunk, parts, arrays, params):
-    objective = step.StepConfig(
+    settings = objective.StepConfig(
         microbatches=parts, loss_chunk=chunk, z_loss=1e-3, label_smoothing=0.1
     )
-    compute = jax.jit(functools.partial(step.gradients, cfg, objective, 2))
+    compute = jax.jit(functools.partial(objective.gradients, cfg, settings, 2))
     return compute(params, arrays, None)
 
 
@@ -251,6 +251,6 @@ def test_a_bfloat16_model_keeps_its_float32_output():
 
 def test_wrong_values_name_the_field():
     with pytest.raises(UserError, match=r"Step.loss_chunk must not be negative, got -1; 0 turns"):
-        step.StepConfig(loss_chunk=-1)
+        objective.StepConfig(loss_chunk=-1)
     with pytest.raises(UserError, match=r"T5.logits_dtype must be .* got 'float16'"):
         model.T5Config(logits_dtype="float16")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtl_jax import incremental, model, sharding, step
+from mtl_jax import incremental, model, objective, sharding
 from mtl_jax.errors import UserError
 
 VERSIONS = ("1.1", "1.0")
@@ -25,15 +25,15 @@ PACKED_LOSS = {"1.1": 25.83497, "1.0": 25.26467}
 SIZES = {"1.1": (52, 13_632), "1.0": (47, 11_072)}
 CFG = golden.config("1.1")
 PARAMS = golden.params(CFG)
-OBJECTIVE = step.StepConfig()
+OBJECTIVE = objective.StepConfig()
 
 
 @functools.cache
 def loss_and_gradient(**changes):
     """The summed loss of the golden batch and its gradient, of a variant of CFG."""
     cfg = dataclasses.replace(CFG, **changes)
-    objective = lambda params: step.loss_sum(cfg, OBJECTIVE, 1, params, golden.batch())[0]  # noqa: E731
-    return jax.jit(jax.value_and_grad(objective))(PARAMS)
+    measure = lambda params: objective.loss_sum(cfg, OBJECTIVE, 1, params, golden.batch())[0]  # noqa: E731
+    return jax.jit(jax.value_and_grad(measure))(PARAMS)
 
 
 def assert_trees_close(ours, others, rtol):
@@ -63,7 +63,7 @@ def test_packed_rows_equal_unpacked_rows(version):
     assert packed["decoder_segment_ids"].tolist() == [[1, 1, 1, 1, 2, 2]]
     assert packed["decoder_input_tokens"].tolist() == [[0, 29, 9, 22, 0, 27]]
     logits_1TV = np.asarray(
-        jax.jit(functools.partial(step.forward, cfg))(golden.params(cfg), packed), np.float64
+        jax.jit(functools.partial(objective.forward, cfg))(golden.params(cfg), packed), np.float64
     )
     targets = packed["decoder_target_tokens"][0]
     log_partition = np.log(np.exp(logits_1TV[0]).sum(-1))
@@ -148,10 +148,12 @@ def test_gradient_by_finite_differences():
     np.testing.assert_allclose(value, 50.8338, rtol=2e-6)
     random = np.random.RandomState(0)
     direction = jax.tree.map(lambda p: random.randn(*p.shape).astype(np.float32), PARAMS)
-    objective = jax.jit(lambda params: step.loss_sum(CFG, OBJECTIVE, 1, params, golden.batch())[0])
+    measure = jax.jit(
+        lambda params: objective.loss_sum(CFG, OBJECTIVE, 1, params, golden.batch())[0]
+    )
     small = 1e-3
     ahead, behind = (
-        objective(jax.tree.map(lambda p, d: p + sign * small * d, PARAMS, direction))  # noqa: B023
+        measure(jax.tree.map(lambda p, d: p + sign * small * d, PARAMS, direction))  # noqa: B023
         for sign in (1, -1)
     )
     slope = sum(jax.tree.leaves(jax.tree.map(lambda g, d: np.vdot(g, d), gradient, direction)))
@@ -180,15 +182,15 @@ def test_remat_recomputes():
 
     def products(remat):
         cfg = dataclasses.replace(CFG, remat=remat)
-        objective = lambda p: step.loss_sum(cfg, OBJECTIVE, 1, p, golden.batch())[0]  # noqa: E731
-        return str(jax.make_jaxpr(jax.grad(objective))(PARAMS)).count("dot_general")
+        measure = lambda p: objective.loss_sum(cfg, OBJECTIVE, 1, p, golden.batch())[0]  # noqa: E731
+        return str(jax.make_jaxpr(jax.grad(measure))(PARAMS)).count("dot_general")
 
     assert products("none") <= products("minimal") < products("full")
 
 
 def test_bfloat16_computes_near_float32_and_keeps_float32_parameters():
     cfg = dataclasses.replace(CFG, dtype="bfloat16")
-    logits_BTV = jax.jit(functools.partial(step.forward, cfg))(PARAMS, golden.batch())
+    logits_BTV = jax.jit(functools.partial(objective.forward, cfg))(PARAMS, golden.batch())
     assert logits_BTV.dtype == jnp.float32
     exact_BTV = golden.logits("1.1")
     weights = golden.batch()["decoder_loss_weights"] > 0
@@ -199,7 +201,7 @@ def test_bfloat16_computes_near_float32_and_keeps_float32_parameters():
     for tree in (
         model.abstract_params(cfg),
         jax.eval_shape(
-            jax.grad(lambda p: step.loss_sum(cfg, OBJECTIVE, 1, p, golden.batch())[0]), PARAMS
+            jax.grad(lambda p: objective.loss_sum(cfg, OBJECTIVE, 1, p, golden.batch())[0]), PARAMS
         ),
     ):
         assert {leaf.dtype for leaf in jax.tree.leaves(tree)} == {np.dtype("float32")}
@@ -207,7 +209,7 @@ def test_bfloat16_computes_near_float32_and_keeps_float32_parameters():
 
 def test_dropout_is_off_by_default_and_drawn_from_the_rng():
     cfg = dataclasses.replace(CFG, dropout_rate=0.5)
-    dropped = jax.jit(functools.partial(step.forward, cfg))
+    dropped = jax.jit(functools.partial(objective.forward, cfg))
     batch = golden.batch()
     np.testing.assert_array_equal(dropped(PARAMS, batch), golden.logits("1.1"))
     one, again, other = (dropped(PARAMS, batch, jax.random.key(seed)) for seed in (1, 1, 2))
@@ -252,7 +254,7 @@ def test_cached_decoding_equals_the_parallel_forward(version, changes):
         logits_BV, cache = advance(weights, cache, inputs[:, position], jnp.int32(position))
         steps.append(logits_BV)
     weighted = batch["decoder_loss_weights"] > 0
-    whole = jax.jit(functools.partial(step.forward, cfg))(params, batch)
+    whole = jax.jit(functools.partial(objective.forward, cfg))(params, batch)
     np.testing.assert_allclose(np.stack(steps, axis=1)[weighted], whole[weighted], atol=2e-5)
 
 
@@ -274,7 +276,7 @@ def test_a_bias_of_each_layer_is_its_own():
     for side in ("encoder", "decoder"):
         table = params[side].pop("relpos_bias")["rel_embedding"]
         params[side]["layers"]["relpos_bias"] = {"rel_embedding": np.stack([table, table])}
-    forward = jax.jit(functools.partial(step.forward, cfg))
+    forward = jax.jit(functools.partial(objective.forward, cfg))
     np.testing.assert_allclose(forward(params, batch), golden.logits("1.1"), atol=2e-5)
     for side in ("encoder", "decoder"):
         params[side]["layers"]["relpos_bias"]["rel_embedding"][1] += (
@@ -282,7 +284,9 @@ def test_a_bias_of_each_layer_is_its_own():
         )
         changed = forward(params, batch)
         assert np.abs(changed - golden.logits("1.1")).max() > 0.1
-    gradient = jax.jit(jax.grad(lambda p: step.loss_sum(cfg, OBJECTIVE, 1, p, batch)[0]))(params)
+    gradient = jax.jit(jax.grad(lambda p: objective.loss_sum(cfg, OBJECTIVE, 1, p, batch)[0]))(
+        params
+    )
     tables = gradient["decoder"]["layers"]["relpos_bias"]["rel_embedding"]
     assert np.all(np.any(tables != 0.0, axis=(1, 2)))
 
@@ -293,7 +297,7 @@ def test_rescaling_is_apart_from_tying():
         scaled, plain = (golden.config(version, rescale_logits=on) for on in (True, False))
         params = golden.params(scaled)
         found = [
-            jax.jit(functools.partial(step.forward, c))(params, batch) for c in (scaled, plain)
+            jax.jit(functools.partial(objective.forward, c))(params, batch) for c in (scaled, plain)
         ]
         np.testing.assert_allclose(
             found[0] * np.sqrt(scaled.emb_dim), found[1], rtol=1e-5, atol=1e-5

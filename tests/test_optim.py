@@ -12,8 +12,9 @@ import pytest
 
 from mtl_jax import optim, patterns
 from mtl_jax.errors import UserError
+from mtl_jax.objective import StepConfig
 from mtl_jax.optim import OptimizerConfig
-from mtl_jax.step import StepConfig, TrainState, train_step
+from mtl_jax.step import TrainState, train_step
 
 T5X = {"schedule": "constant * rsqrt_decay", "warmup_steps": 10_000}
 WARM = {

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtl_jax import build, checkpoint, config, model, optim, patterns, restore, step
+from mtl_jax import build, checkpoint, config, model, objective, optim, patterns, restore, step
 from mtl_jax.checkpoint import Checkpointer
 from mtl_jax.errors import UserError
 from mtl_jax.run_config import RunConfig
@@ -283,7 +283,7 @@ def training(**changes):
     shape = golden.config("1.1")
     params = golden.params(shape)
     state = step.TrainState(jnp.int32(0), params, optim.make_optimizer(cfg).init(params))
-    update = jax.jit(functools.partial(step.train_step, shape, step.StepConfig(), cfg, 1))
+    update = jax.jit(functools.partial(step.train_step, shape, objective.StepConfig(), cfg, 1))
     return lambda state: update(state, golden.batch(), jax.random.key(0))[0], state
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtl_jax import model, optim, sharding, step
+from mtl_jax import model, objective, optim, sharding, step
 from mtl_jax.errors import UserError
 from mtl_jax.sharding import MeshConfig
 
@@ -61,7 +61,7 @@ def losses(layout, optimizer, microbatches):
     sharding.validate(mesh, CFG, 16, microbatches)
     places = shardings(mesh, optimizer)
     update = functools.partial(
-        step.train_step, CFG, step.StepConfig(microbatches=microbatches), optimizer, 2
+        step.train_step, CFG, objective.StepConfig(microbatches=microbatches), optimizer, 2
     )
     replicated = sharding.replicated(mesh)
     found = []

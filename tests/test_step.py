@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtl_jax import optim, step
+from mtl_jax import loss, objective, optim, step
 from mtl_jax.errors import UserError
 
 LOSSES = {  # (version, z_loss, label_smoothing): sum over tokens
@@ -32,7 +32,7 @@ TOKENS = 12  # of the golden batch; T5X's golden losses are sums
 def test_golden_losses(case):
     version, z_loss, smoothing = case
     batch = golden.batch()
-    loss_BT, z_BT = step.cross_entropy(
+    loss_BT, z_BT = loss.cross_entropy(
         golden.logits(version),
         batch["decoder_target_tokens"],
         z_loss=z_loss,
@@ -54,12 +54,12 @@ def test_golden_adafactor_trajectory(version):
     optimizer = optim.OptimizerConfig(
         schedule="constant", learning_rate=0.01, min_dim_size_to_factor=8
     )
-    objective = step.StepConfig(z_loss=1e-4)
+    settings = objective.StepConfig(z_loss=1e-4)
     params = jax.tree.map(jnp.asarray, golden.params(cfg))
     state = step.TrainState(
         jnp.zeros((), jnp.int32), params, optim.make_optimizer(optimizer).init(params)
     )
-    update = jax.jit(functools.partial(step.train_step, cfg, objective, optimizer, 1))
+    update = jax.jit(functools.partial(step.train_step, cfg, settings, optimizer, 1))
     losses, norms = [], []
     for number in range(4):
         assert int(state.step) == number
@@ -88,7 +88,7 @@ def test_cross_entropy_with_soft_targets_in_numpy(smoothing):
     np.put_along_axis(soft_BTV, targets_BT[..., None], 1 - smoothing, axis=-1)
     log_soft = np.log(np.where(soft_BTV > 0, soft_BTV, 1.0))
     expected = (soft_BTV * (log_soft - log_softmax_BTV)).sum(-1) + 0.01 * log_partition_BT**2
-    loss_BT, z_BT = step.cross_entropy(
+    loss_BT, z_BT = loss.cross_entropy(
         logits_BTV, targets_BT, z_loss=0.01, label_smoothing=smoothing
     )
     np.testing.assert_allclose(loss_BT, expected, rtol=1e-5, atol=1e-6)
@@ -120,8 +120,8 @@ CFG = golden.config("1.1", num_encoder_layers=1, num_decoder_layers=1)
 
 @functools.cache
 def uneven_gradients(parts):
-    objective = step.StepConfig(microbatches=parts, z_loss=1e-3, label_smoothing=0.1)
-    compute = jax.jit(functools.partial(step.gradients, CFG, objective, 4))
+    settings = objective.StepConfig(microbatches=parts, z_loss=1e-3, label_smoothing=0.1)
+    compute = jax.jit(functools.partial(objective.gradients, CFG, settings, 4))
     return compute(golden.params(CFG), uneven_batch(), None)
 
 
@@ -147,18 +147,18 @@ def test_sums_per_task_in_numpy():
     batch = uneven_batch()
     _, sums = uneven_gradients(1)
     logits_BTV = np.asarray(
-        jax.jit(functools.partial(step.forward, CFG))(golden.params(CFG), batch)
+        jax.jit(functools.partial(objective.forward, CFG))(golden.params(CFG), batch)
     )
     targets = batch["decoder_target_tokens"]
-    loss_BT, z_BT = step.cross_entropy(logits_BTV, targets, z_loss=1e-3, label_smoothing=0.1)
+    loss_BT, z_BT = loss.cross_entropy(logits_BTV, targets, z_loss=1e-3, label_smoothing=0.1)
     hit_BT = logits_BTV.argmax(-1) == targets
     real = batch["decoder_loss_weights"] > 0
     for task in range(5):
         mine = real & (batch["decoder_task_ids"] == task)
         assert sums["task_tokens"][task] == mine.sum()
         assert sums["task_correct"][task] == hit_BT[mine].sum()
-        loss = np.asarray(loss_BT, np.float64)[mine].sum()
-        np.testing.assert_allclose(sums["task_loss_sum"][task], loss, rtol=1e-5, atol=1e-5)
+        total = np.asarray(loss_BT, np.float64)[mine].sum()
+        np.testing.assert_allclose(sums["task_loss_sum"][task], total, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(sums["task_tokens"], [0, 10, 3, 10, 0])
     np.testing.assert_allclose(sums["z_loss_sum"], np.asarray(z_BT)[real].sum(), rtol=1e-5)
 
@@ -166,8 +166,8 @@ def test_sums_per_task_in_numpy():
 def test_the_gradient_is_that_of_the_mean_over_all_tokens_of_the_batch():
     """Each row once more doubles sum and tokens alike: the gradient stays."""
     doubled = {name: np.concatenate([x, x]) for name, x in uneven_batch().items()}
-    objective = step.StepConfig(microbatches=4, z_loss=1e-3, label_smoothing=0.1)
-    compute = jax.jit(functools.partial(step.gradients, CFG, objective, 4))
+    settings = objective.StepConfig(microbatches=4, z_loss=1e-3, label_smoothing=0.1)
+    compute = jax.jit(functools.partial(objective.gradients, CFG, settings, 4))
     grads, sums = compute(golden.params(CFG), doubled, None)
     for grad, single in zip(
         jax.tree.leaves(grads), jax.tree.leaves(uneven_gradients(1)[0]), strict=True
@@ -178,17 +178,17 @@ def test_the_gradient_is_that_of_the_mean_over_all_tokens_of_the_batch():
 
 def test_every_microbatch_takes_rows_of_every_device():
     rows = np.arange(8)[:, None]
-    parts = step.split_microbatches({"rows": rows}, 2)["rows"]
+    parts = objective.split_microbatches({"rows": rows}, 2)["rows"]
     # With the rows 0-3 on one device and 4-7 on another, both take part in both microbatches.
     assert parts[:, :, 0].tolist() == [[0, 2, 4, 6], [1, 3, 5, 7]]
 
 
 def test_dropout_differs_from_step_to_step_and_between_microbatches():
     cfg = golden.config("1.1", num_encoder_layers=1, num_decoder_layers=1, dropout_rate=0.5)
-    objective = step.StepConfig(microbatches=2)
+    settings = objective.StepConfig(microbatches=2)
     row = {name: np.repeat(x[:1], 2, axis=0) for name, x in uneven_batch().items()}
     row["decoder_task_ids"] = np.array([[1], [2]], np.int32) * row["decoder_segment_ids"]
-    compute = jax.jit(functools.partial(step.gradients, cfg, objective, 2))
+    compute = jax.jit(functools.partial(objective.gradients, cfg, settings, 2))
     first, again, other = (
         compute(golden.params(cfg), row, jax.random.key(seed))[1]["task_loss_sum"]
         for seed in (0, 0, 1)
@@ -208,4 +208,4 @@ def test_dropout_differs_from_step_to_step_and_between_microbatches():
 )
 def test_wrong_values_name_the_field(values, message):
     with pytest.raises(UserError, match=message):
-        step.StepConfig(**values)
+        objective.StepConfig(**values)

@@ -104,9 +104,9 @@ def finished(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         train_step = step.train_step
 
-        def counted(*args):
+        def counted(*args, **options):
             traced.append(args)
-            return train_step(*args)
+            return train_step(*args, **options)
 
         patch.setattr(step, "train_step", counted)
         assert cli.main(flags(directory, Run__evaluate_untrained=True)) == 0

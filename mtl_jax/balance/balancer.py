@@ -1,0 +1,201 @@
+"""A method at work in a train step: its state, its weights, what of them is logged.
+
+Letters: N tasks, K groups of parameters (K = 1 for methods that see losses alone).
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from mtl_jax.balance.balance_config import BalanceConfig
+from mtl_jax.balance.groups import Grouping, make_grouping
+from mtl_jax.balance.method import (
+    GRAM,
+    LOSSES,
+    LOSSES_AFTER,
+    METHODS,
+    REFERENCE,
+    Method,
+    Observations,
+    State,
+)
+from mtl_jax.errors import UserError
+from mtl_jax.model_config import T5Config
+
+_SMALL = 1e-30
+
+
+@flax.struct.dataclass
+class BalanceState:
+    """What a method knows, as part of the train state.
+
+    Attributes:
+      method: its own state.
+      weights: float32 [K, N], those of the last solution; for steps between two of them.
+    """
+
+    method: State
+    weights: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Balancer:
+    """A configuration of `Balance` made concrete; static under jit.
+
+    Attributes:
+      cfg: the values.
+      method: None: plain training.
+      names: of the tasks, in the order of per-task vectors.
+      grouping: of the model's parameters.
+      axes: logical axes of the parameters by path; None: one device.
+    """
+
+    cfg: BalanceConfig
+    method: Method | None
+    names: tuple[str, ...]
+    grouping: Grouping
+    axes: Mapping[str, tuple[str | None, ...]] | None = None
+
+    def needs(self, what: str) -> bool:
+        """Whether the method asks for `what` (`method.NEEDS`)."""
+        return self.method is not None and what in self.method.needs
+
+    @property
+    def every(self) -> int:
+        """Steps between two looks at the gradients of single tasks; 0: never."""
+        return self.cfg.every_n_steps if self.needs(GRAM) else self.cfg.monitor_every
+
+    @property
+    def wants_blocks(self) -> bool:
+        """Whether the microbatches must each hold one task."""
+        return self.every > 0 and self.cfg.task_gradients != "vmap"
+
+    def init(self) -> BalanceState | tuple[()]:
+        """The state before the first step; empty where there is no method."""
+        if self.method is None:
+            return ()
+        groups = self.grouping.size if self.needs(GRAM) else 1
+        equal_KN = jnp.full((groups, len(self.names)), 1.0 / len(self.names), jnp.float32)
+        return BalanceState(self.method.init(len(self.names), groups), equal_KN)
+
+    def weights(
+        self, state: BalanceState | tuple[()], seen: Observations
+    ) -> tuple[jax.Array, BalanceState | tuple[()], dict[str, jax.Array]]:
+        """The weights [K, N] of this step, the state, and what the method logs."""
+        if self.method is None or isinstance(state, tuple):
+            return seen.shares[None], state, {}
+        weights, inner, logs = self.method.weights(state.method, seen)
+        weights_KN = weights if weights.ndim == 2 else weights[None]
+        weights_KN = self._rescaled(weights_KN, seen)
+        # What was absent now may be there before the next solution.
+        held_KN = jnp.where(seen.present[None], weights_KN, state.weights)
+        return weights_KN, BalanceState(inner, held_KN), logs
+
+    def held_weights(self, state: BalanceState, seen: Observations) -> jax.Array:
+        """The weights [K, N] of the last solution, for a step between two."""
+        return jnp.where(seen.present[None], state.weights, 0.0)
+
+    def observe(
+        self,
+        state: BalanceState | tuple[()],
+        seen: Observations,
+        losses_after: jax.Array | None,
+    ) -> BalanceState | tuple[()]:
+        """The state after the update."""
+        if self.method is None or isinstance(state, tuple):
+            return state
+        return dataclasses.replace(
+            state, method=self.method.observe(state.method, seen, losses_after)
+        )
+
+    def _rescaled(self, weights_KN: jax.Array, seen: Observations) -> jax.Array:
+        if self.cfg.rescale == "sum_to_one":
+            total_K1 = jnp.sum(weights_KN, axis=1, keepdims=True)
+            return weights_KN / jnp.where(jnp.abs(total_K1) > _SMALL, total_K1, 1.0)
+        if self.cfg.rescale == "mean_norm" and seen.gram is not None:
+            # Each group's update as long as the plain one's: sqrt(w' G w) for both.
+            def norms_K(w_KN: jax.Array) -> jax.Array:
+                return jnp.sqrt(jnp.maximum(jnp.einsum("kn,knm,km->k", w_KN, seen.gram, w_KN), 0.0))
+
+            plain_KN = jnp.broadcast_to(seen.shares[None], weights_KN.shape)
+            own_K, plain_K = norms_K(weights_KN), norms_K(plain_KN)
+            factor_K = jnp.where(own_K > _SMALL, plain_K / jnp.maximum(own_K, _SMALL), 1.0)
+            return weights_KN * factor_K[:, None]
+        return weights_KN
+
+
+def make_balancer(
+    cfg: BalanceConfig,
+    method: Method | None,
+    names: Sequence[str],
+    model: T5Config,
+    axes: Mapping[str, tuple[str | None, ...]] | None = None,
+) -> Balancer:
+    """A balancer for these tasks.
+
+    With one task there is nothing to share: training is the plain one, whatever the method.
+
+    Args:
+      cfg: the values.
+      method: of `cfg.method`; None: that with its defaults.
+      names: of the tasks, by id from 1 on.
+      model: whose parameters are grouped.
+      axes: logical axes of the parameters by path; None: one device.
+
+    Raises:
+      UserError: options that do not fit the tasks.
+    """
+    if method is None and cfg.method:
+        method = METHODS[cfg.method]()
+    if method is not None and names:
+        method.check(names)
+        if cfg.follow_rates and not hasattr(method, "rates"):
+            raise UserError(
+                f"Balance.follow_rates: {cfg.method} has no rates in its state; methods that have: "
+                f"{', '.join(sorted(n for n, m in METHODS.items() if hasattr(m, 'rates')))}."
+            )
+    if len(names) < 2:
+        cfg = dataclasses.replace(BalanceConfig(), reduction=cfg.reduction, modules=cfg.modules)
+        method = None
+    return Balancer(cfg, method, tuple(names), make_grouping(cfg.groups, model), axes)
+
+
+def describe_cost(balancer: Balancer, parameter_bytes: int) -> str:
+    """One line: the method, what a step costs beyond a plain one, what memory.
+
+    Args:
+      balancer: of the run.
+      parameter_bytes: of the trained parameters on one device.
+    """
+    cfg, count = balancer.cfg, len(balancer.names)
+    name = cfg.method or "plain"
+    if balancer.every == 0:
+        return f"{name}: {_loss_side_cost(balancer)}"
+    how = cfg.task_gradients
+    memory = {
+        "microbatch": count * parameter_bytes,
+        "vmap": count * parameter_bytes,
+        "sketch": 4 * cfg.sketch_size * count * balancer.grouping.size,
+    }[how]
+    passes = {
+        "microbatch": "one backward pass over microbatches of one task each, about 1.1-1.4 x",
+        "vmap": f"a backward pass for each of {count} tasks, about {(1 + 2 * count) / 3:.1f} x",
+        "sketch": "two passes over microbatches of one task each, about 2 x",
+    }[how]
+    often = "" if balancer.every == 1 else f" at every {balancer.every}th step"
+    kept = f"{memory / 2**20:,.1f} MiB a device for {count} tasks' gradients"
+    return f"{name}: {passes} the time of a plain step{often}; {kept}"
+
+
+def _loss_side_cost(balancer: Balancer) -> str:
+    extra = sum(balancer.needs(need) for need in (LOSSES_AFTER, REFERENCE))
+    if not extra:
+        return "the time of a plain step" + (
+            ", and a forward pass where there are microbatches or Step.loss_chunk"
+            if balancer.needs(LOSSES)
+            else ""
+        )
+    return f"about {1 + extra / 3:.2f} x the time of a plain step ({extra} more forward pass)"
