@@ -60,7 +60,12 @@ EXTRAS = {
         "tokenizers>=0.21",
     ],
     # What the models are compared with: `make test-all`.
-    "torch": ["torch>=2.9", "transformers>=5.17"],
+    "torch": [
+        "torch>=2.9",
+        # Breaks its interface with nearly every minor version.
+        "torchjd[cagrad,fairgrad,quadprog-projector]==0.18.0",
+        "transformers>=5.17",
+    ],
 }
 
 # The files beside the code, by package. tests/test_wheel.py checks that none is missing.

@@ -7,7 +7,6 @@ Names of metrics: the loss over all tasks is `loss`, a value of one task is `los
 `accuracy/TASK` and so on (`task_metric`); the page draws one curve for each.
 """
 
-import argparse
 import collections
 import contextlib
 import datetime
@@ -29,7 +28,7 @@ __all__ = [
     "MetricsWriter",
     "Progress",
     "evaluation_progress",
-    "main",
+    "require_run",
     "read_jsonl",
     "results_table",
     "task_metric",
@@ -286,29 +285,32 @@ def evaluation_progress() -> Callable[[int, int], None]:
     return show
 
 
+def require_run(path: str | Path) -> RunDirectory:
+    """Returns the run directory at `path`.
+
+    Raises:
+      UserError: the folder holds no run.
+    """
+    run = RunDirectory(path)
+    if not run.is_run():
+        what = "holds no run" if run.path.is_dir() else "is not a folder"
+        raise UserError(f"{run.path} {what}: name the folder that `mtl-jax train` wrote to.")
+    return run
+
+
 def write_report(run_directory: str | Path) -> Path:
-    """Writes report.html of a run from its files and returns the path.
+    """Writes report.html of a run from its files, and the numbers of its pictures in `analysis/`.
+
+    Returns:
+      The path of the page.
 
     Raises:
       UserError: the folder holds no run, or one of its files is damaged.
     """
     from mtl_jax import report_html
+    from mtl_jax.analysis import run_analysis
 
-    run = RunDirectory(run_directory)
-    if not run.is_run():
-        what = "holds no run" if run.path.is_dir() else "is not a folder"
-        raise UserError(f"{run.path} {what}: name the folder that `mtl-jax train` wrote to.")
-    return run.write_text("report.html", report_html.render(run.path))
-
-
-def main(args: argparse.Namespace) -> int:
-    """Rebuilds report.html of every folder in `args.run_dirs` and prints its results.
-
-    Raises:
-      UserError: see `write_report`.
-    """
-    for folder in args.run_dirs:
-        page = write_report(folder)
-        print(results_table(read_jsonl(Path(folder) / "results.jsonl")), end="")
-        print(f"Report: {page}")
-    return 0
+    run = require_run(run_directory)
+    analysis = run_analysis.analyse(run.path)
+    run_analysis.save(analysis, run.path)
+    return run.write_text("report.html", report_html.render(run.path, analysis))

@@ -9,7 +9,8 @@ from typing import Any
 import jinja2
 import markupsafe
 
-from mtl_jax import charts, tables
+from mtl_jax import charts, multitask_html, tables
+from mtl_jax.analysis.run_analysis import RunAnalysis
 from mtl_jax.storage import read_jsonl
 
 # As many samples as a reader will look at.
@@ -30,11 +31,12 @@ _GROUPS = {
 }
 
 
-def render(run: Path) -> str:
+def render(run: Path, analysis: RunAnalysis) -> str:
     """Returns the whole page as HTML text, with all styles and drawings inside.
 
     Args:
       run: the run directory; a file that is missing leaves its part of the page out.
+      analysis: of the same run, for the multi-task sections.
 
     Raises:
       UserError: a JSONL file is damaged.
@@ -42,6 +44,25 @@ def render(run: Path) -> str:
     metrics = read_jsonl(run / "metrics.jsonl")
     rows = read_jsonl(run / "results.jsonl")
     summaries = tables.summarise(rows)
+    command = _text(run / "command.txt")
+    versions = _json(run / "versions.json") or {}
+    return template("report.html").render(
+        name=run.absolute().name,
+        command=command.splitlines()[0].split(" ") if command else [],
+        facts=_facts(run, metrics, summaries, versions, analysis),
+        versions=versions,
+        results=_results(summaries),
+        loss=_loss_charts(metrics),
+        multitask=multitask_html.sections(analysis),
+        ledger=_ledger(run),
+        mixture=_table(_text(run / "mixture.txt")),
+        samples=_samples(run, rows),
+        config=_text(run / "config.gin"),
+    )
+
+
+def template(name: str) -> jinja2.Template:
+    """Returns a template of the package; a value that is forgotten is an error."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("mtl_jax", "templates"),
         autoescape=True,
@@ -49,20 +70,7 @@ def render(run: Path) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    command = _text(run / "command.txt")
-    versions = _json(run / "versions.json") or {}
-    return environment.get_template("report.html").render(
-        name=run.absolute().name,
-        command=command.splitlines()[0].split(" ") if command else [],
-        facts=_facts(run, metrics, summaries, versions),
-        versions=versions,
-        results=_results(summaries),
-        loss=_loss_charts(metrics),
-        ledger=_ledger(run),
-        mixture=_table(_text(run / "mixture.txt")),
-        samples=_samples(run, rows),
-        config=_text(run / "config.gin"),
-    )
+    return environment.get_template(name)
 
 
 def _text(path: Path) -> str:
@@ -81,9 +89,12 @@ def _facts(
     metrics: Sequence[Mapping[str, Any]],
     summaries: Sequence[tables.Summary],
     versions: Mapping[str, Any],
+    analysis: RunAnalysis,
 ) -> list[tuple[str, str]]:
     """Returns the figures at the top of the page as (name, value)."""
     facts = []
+    if analysis.method.get("method"):
+        facts.append(("method", str(analysis.method["method"])))
     parameters = re.search(r"^([\d,]+) parameters", _text(run / "model-info.txt"), re.MULTILINE)
     if parameters:
         facts.append(("parameters", _short(int(parameters[1].replace(",", "")))))

@@ -24,6 +24,7 @@ def observe(tokens, losses=None, correct=None, reference=None, step=0, names=Non
     return Observations(
         step=jnp.asarray(step, jnp.int32),
         tokens=jnp.asarray(tokens),
+        shares=jnp.asarray(tokens / np.maximum(tokens.sum(), 1.0)),
         losses=mean(losses),
         correct=mean(correct),
         gram=None,

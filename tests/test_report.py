@@ -1,6 +1,5 @@
 """Metrics, ledger, progress, the table of results and the page of a run."""
 
-import argparse
 import html.parser
 import io
 import json
@@ -8,9 +7,10 @@ import statistics
 import sys
 import xml.etree.ElementTree as ElementTree
 
+import numpy as np
 import pytest
 
-from mtl_jax import charts, report, storage, tables
+from mtl_jax import charts, cli, heat_map, report, storage, tables
 from mtl_jax.errors import UserError
 from mtl_jax.run_directory import RunDirectory
 
@@ -303,6 +303,78 @@ def test_thinning_and_smoothing_keep_the_mean_and_a_straight_line():
     assert [y for _, y in smoothed] == pytest.approx(straight)
 
 
+def test_areas_stand_on_each_other():
+    lines = [
+        charts.Line("a", [(0, 0.25), (10, 0.5)], "area-0"),
+        charts.Line("b", [(0, 0.75), (5, 1.0), (10, 0.5)], "area-1"),
+    ]
+    drawing = charts.stacked_area(lines, title="t", x_label="step", y_label="share")
+    first, second = (
+        [tuple(map(float, point.split(","))) for point in area.get("points").split()]
+        for area in ElementTree.fromstring(drawing).iter("polygon")
+    )
+    assert first[:3] == second[:-4:-1], "the roof of one is the floor of the next"
+    (_, top), (_, middle), (_, end) = second[:3]
+    assert top == middle == end, "0.25 + 0.75, 0 + 1.0 where `a` is missing, 0.5 + 0.5"
+    bottom, roof = first[-1][1], first[0][1]
+    assert (bottom - roof) / (bottom - top) == pytest.approx(0.25, abs=1e-3)
+    assert charts.stacked_area([], title="", x_label="", y_label="") == ""
+
+
+def test_a_scatter_plot_has_marks_intervals_and_stairs():
+    spots = [
+        charts.Spot("1", "plain", 1.0, 2.0, "static", x_ends=(0.5, 1.5)),
+        charts.Spot("2", "a<b", 2.0, 1.0, "dynamic", round=False, y_ends=(0.0, 2.0)),
+    ]
+    texts = {"title": "t", "x_label": "x", "y_label": "y"}
+    svg = ElementTree.fromstring(charts.scatter(spots, **texts, stairs=[(1.0, 2.0)]))
+    (circle,) = svg.iter("circle")
+    assert [title.text for title in svg.iter("title")] == ["t", "plain", "a<b"]
+    errors = [line for line in svg.iter("line") if "error" in line.get("class")]
+    x1, x2 = (float(errors[0].get(name)) for name in ("x1", "x2"))
+    assert (x1 + x2) / 2 == pytest.approx(float(circle.get("cx")), abs=0.11)
+    (stairs,) = svg.iter("polyline")
+    (left, _), corner, (_, bottom) = (
+        tuple(map(float, point.split(","))) for point in stairs.get("points").split()
+    )
+    assert left < corner[0]
+    assert corner == pytest.approx((float(circle.get("cx")), float(circle.get("cy"))))
+    assert bottom > corner[1]
+    # Where lower is better, the stairs run to the other side.
+    mirrored = charts.scatter(spots, **texts, stairs=[(1.0, 2.0)], lower=(True, True))
+    (stairs,) = ElementTree.fromstring(mirrored).iter("polyline")
+    start = float(stairs.get("points").split(",")[0])
+    assert start > corner[0]
+    assert charts.scatter([], **texts) == ""
+
+
+def test_bars_start_at_zero_and_say_their_sign():
+    drawing = charts.interval_bars(
+        [("up", 2.0, (1.0, 3.0)), ("down", -1.0, None)], title="t", unit=" %"
+    )
+    svg = ElementTree.fromstring(drawing)
+    up, down = svg.iter("rect")
+    assert (up.get("class"), down.get("class")) == ("gain", "loss")
+    assert float(up.get("width")) == pytest.approx(2 * float(down.get("width")), abs=0.2)
+    zero = float(up.get("x"))
+    assert float(down.get("x")) + float(down.get("width")) == pytest.approx(zero, abs=0.11)
+    assert {"+2.0 % (+1.0 to +3.0)", "-1.0 %"} <= {text.text for text in svg.iter("text")}
+
+
+def test_a_heat_map_greys_noise_and_leaves_unknown_cells_empty():
+    values = np.array([[1.0, -0.5], [np.nan, 0.25]])
+    grey = np.array([[False, False], [False, True]])
+    drawing = heat_map.heat_map(values, ["a<b", "c"], title="t", limit=0.5, grey=grey)
+    cells = list(ElementTree.fromstring(drawing).iter("rect"))
+    assert [cell.get("class") for cell in cells] == ["cell", "cell", "grey"]
+    strong, cold, noise = (cell.get("style") or "" for cell in cells)
+    assert "var(--f0) calc(var(--heat) * 1.000)" in strong, "beyond the limit is the limit"
+    assert "var(--f1) calc(var(--heat) * 1.000)" in cold
+    assert noise == ""
+    many = heat_map.heat_map(np.zeros((20, 20)), ["n"] * 20, title="t", limit=1.0)
+    assert '"number"' not in many, "numbers would not fit"
+
+
 # Page
 
 
@@ -407,17 +479,17 @@ def test_a_mixture_that_is_no_table_is_shown_as_it_is(run):
 
 
 def test_main_rebuilds_the_page_and_prints_the_table(run, capsys):
-    assert report.main(argparse.Namespace(run_dirs=[str(run.path)])) == 0
+    assert cli.main(["report", str(run.path)]) == 0
     shown = capsys.readouterr().out
     assert shown.startswith(report.results_table(storage.read_jsonl(run.path / "results.jsonl")))
     assert str(run.path / "report.html") in shown
     assert (run.path / "report.html").exists()
 
 
-def test_main_refuses_a_folder_that_is_no_run(tmp_path):
+def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
     with pytest.raises(UserError, match="holds no run"):
-        report.main(argparse.Namespace(run_dirs=[str(tmp_path)]))
-    with pytest.raises(UserError, match="is not a folder"):
-        report.main(argparse.Namespace(run_dirs=[str(tmp_path / "nowhere")]))
+        report.write_report(tmp_path)
+    assert cli.main(["report", str(tmp_path / "nowhere")]) == 1
+    assert "is not a folder" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]

@@ -18,6 +18,11 @@ TASK_GRADIENTS = {
     "vmap": "a backward pass for each task over any rows: N gradients and N times the activations",
     "sketch": "two passes over microbatches of one task each, and no gradients kept",
 }
+BY = {
+    "task": "every SeqIO task, so every prompt of a dataset, is one",
+    "dataset": "all tasks of a dataset are one",
+    "family": "all tasks of a family are one",
+}
 REDUCTIONS = ("token_mean", "example_mean")
 RESCALES = {
     "none": "as the method's paper has it",
@@ -34,6 +39,7 @@ class BalanceConfig:
     Attributes:
       method: name of a method, whose own fields are set as METHOD.field; empty: plain training.
       modules: Python modules imported for the methods that they register.
+      by: what counts as one task, a name of `BY`; tasks say what they are of (`task_info.py`).
       reduction: what a task's loss is a mean over, and what the plain objective counts:
         "token_mean" (T5) or "example_mean", in which long targets weigh no more than short ones.
       groups: which parameters share one weight of a task, a name of `GROUPS`.
@@ -50,6 +56,7 @@ class BalanceConfig:
 
     method: str = ""
     modules: Sequence[str] = ()
+    by: str = "task"
     reduction: str = "token_mean"
     groups: str = "whole_model"
     task_gradients: str = "microbatch"
@@ -64,6 +71,7 @@ class BalanceConfig:
             raise UserError(f"Balance.modules must be a list of names: write [{self.modules!r}].")
         object.__setattr__(self, "modules", tuple(self.modules))
         for field, known in (
+            ("by", BY),
             ("reduction", REDUCTIONS),
             ("groups", GROUPS),
             ("task_gradients", TASK_GRADIENTS),

@@ -48,7 +48,8 @@ class Balancer:
     Attributes:
       cfg: the values.
       method: None: plain training.
-      names: of the tasks, in the order of per-task vectors.
+      names: of the N tasks that share the update (`Balance.by`), in the order of its vectors.
+      of_task: for each id of a SeqIO task, padding's first, its index in `names` plus one.
       grouping: of the model's parameters.
       axes: logical axes of the parameters by path; None: one device.
     """
@@ -56,6 +57,7 @@ class Balancer:
     cfg: BalanceConfig
     method: Method | None
     names: tuple[str, ...]
+    of_task: tuple[int, ...]
     grouping: Grouping
     axes: Mapping[str, tuple[str | None, ...]] | None = None
 
@@ -130,7 +132,7 @@ class Balancer:
 def make_balancer(
     cfg: BalanceConfig,
     method: Method | None,
-    names: Sequence[str],
+    owners: Sequence[str],
     model: T5Config,
     axes: Mapping[str, tuple[str | None, ...]] | None = None,
 ) -> Balancer:
@@ -141,13 +143,15 @@ def make_balancer(
     Args:
       cfg: the values.
       method: of `cfg.method`; None: that with its defaults.
-      names: of the tasks, by id from 1 on.
+      owners: of each SeqIO task, by id from 1 on, what it counts as in the update: itself, or the
+        dataset or family it is of.
       model: whose parameters are grouped.
       axes: logical axes of the parameters by path; None: one device.
 
     Raises:
       UserError: options that do not fit the tasks.
     """
+    names = tuple(dict.fromkeys(owners))
     if method is None and cfg.method:
         method = METHODS[cfg.method]()
     if method is not None and names:
@@ -158,9 +162,10 @@ def make_balancer(
                 f"{', '.join(sorted(n for n, m in METHODS.items() if hasattr(m, 'rates')))}."
             )
     if len(names) < 2:
-        cfg = dataclasses.replace(BalanceConfig(), reduction=cfg.reduction, modules=cfg.modules)
+        cfg = BalanceConfig(modules=cfg.modules, by=cfg.by, reduction=cfg.reduction)
         method = None
-    return Balancer(cfg, method, tuple(names), make_grouping(cfg.groups, model), axes)
+    of_task = (0, *(names.index(owner) + 1 for owner in owners))
+    return Balancer(cfg, method, names, of_task, make_grouping(cfg.groups, model), axes)
 
 
 def describe_cost(balancer: Balancer, parameter_bytes: int) -> str:

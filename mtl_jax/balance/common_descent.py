@@ -138,15 +138,17 @@ class CAGrad(GradientMethod):
         mean_y_N = group.mean_N * group.norms_N
         onto_N = group.cosine_NN @ mean_y_N
         mean_norm = jnp.sqrt(jnp.maximum(mean_y_N @ onto_N, 0.0))
-        onto_N = onto_N / jnp.maximum(mean_norm, 1e-30)
-        hessian_NN = group.cosine_NN + a_N[:, None] * a_N[None, :]
+        onto_N = jnp.clip(onto_N / jnp.maximum(mean_norm, 1e-30), -1.0, 1.0)
+        # A zero gradient gains nothing: the worst gain s is never above 0. Then every s sought can
+        # be reached (by d = 0), the last term is not needed, and kappa is s itself.
+        idle = jnp.any(group.present_N & ~group.valid_N)
+        hessian_NN = group.cosine_NN + jnp.where(idle, 0.0, a_N[:, None] * a_N[None, :])
         # From no step at all (kappa a <= b) to the shortest vector of the hull, as far as float32
         # tells it from zero; on a scale that is logarithmic to both sides of the smallest kappa.
         ratio = jnp.max(jnp.where(group.valid_N, 1.0 / jnp.maximum(a_N, 1e-30), 1.0))
         unit = 0.1 * self.c / ratio
-        # A zero gradient gains nothing: the worst gain is never above 0.
-        top = jnp.where(jnp.any(group.present_N & ~group.valid_N), 0.0, jnp.arcsinh(1e4 * ratio))
-        bottom = -jnp.arcsinh(ratio / unit)
+        top = jnp.where(idle, 0.0, jnp.arcsinh(1e4 * ratio))
+        bracket = (-jnp.arcsinh(ratio / unit), top)
 
         def solve(x: jax.Array) -> tuple[jax.Array, jax.Array]:
             # A task that allows itself to lose more than any step near c costs it takes no part;
@@ -155,18 +157,20 @@ class CAGrad(GradientMethod):
             y_N = nonnegative_qp(hessian_NN, linear_N, group.valid_N)
             return y_N, jnp.sqrt(jnp.maximum(y_N @ group.cosine_NN @ y_N, 0.0))
 
-        def refine(_: int, bracket: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        def refine(
+            _: jax.Array, bracket: tuple[jax.Array, jax.Array]
+        ) -> tuple[jax.Array, jax.Array]:
             low, high = bracket
             inner = low + (high - low) * jnp.arange(1, _GRID + 1) / (_GRID + 1)
-            _, length = jax.vmap(solve)(inner)
+            length = jax.vmap(solve)(inner)[1]
             # The first point beyond; far beyond, lengths may be differences of large numbers.
             beyond = jnp.concatenate([length >= self.c, jnp.ones(1, bool)])
             points = jnp.concatenate([low[None], inner, high[None]])
             first = jnp.argmax(beyond)
             return points[first], points[first + 1]
 
-        low, high = jax.lax.fori_loop(0, _GRIDS, refine, (bottom, top))
-        (y_low_N, length_low), (y_high_N, length_high) = solve(low), solve(high)
+        bracket = jax.lax.fori_loop(0, _GRIDS, refine, bracket)
+        (y_low_N, length_low), (y_high_N, length_high) = solve(bracket[0]), solve(bracket[1])
         share = (self.c - length_low) / jnp.maximum(length_high - length_low, 1e-30)
         return y_low_N + jnp.clip(share, 0.0, 1.0) * (y_high_N - y_low_N), mean_norm
 
@@ -177,7 +181,7 @@ class NashMTL(GradientMethod):
     """The bargain in which no task can gain in proportion without another losing more.
 
     Weights a > 0 with `(Ga)_t = 1 / a_t`: the direction that maximises the product of the tasks'
-    gains `g_t.d`. Navon et al. 2022, "Multi-task learning as a bargaining game", claim 3.2. The
+    gains `g_t.d`. Navon et al. 2022, "Multi-task learning as a bargaining game". The
     update's norm is sqrt(number of tasks) whatever the gradients' norms are, so it does not shrink
     towards a minimum: choose `Balance.rescale` or an optimizer that ignores scale.
 
@@ -200,7 +204,7 @@ class IMTLG(GradientMethod):
     """The update whose projections on all tasks' gradients are equally long.
 
     Weights, summing to 1 and possibly negative, with `g_t.d / |g_t|` the same for all t. Liu et al.
-    2021, "Towards impartial multi-task learning", equation 6, here with a pseudo-inverse of the
+    2021, "Towards impartial multi-task learning", here with a pseudo-inverse of the
     cosines for gradients that depend on each other. Where the sum of the unscaled weights is
     negative, the common projection is too and every task's loss grows: that is the method's.
 

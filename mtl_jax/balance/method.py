@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 
 import flax.struct
 import jax
-import jax.numpy as jnp
 
 from mtl_jax.errors import UserError, suggest
 
@@ -34,6 +33,8 @@ class Observations:
       step: int32 scalar, updates done so far.
       tokens: float32 [N], target tokens of each task in the batch (examples, where
         `Balance.reduction` is "example_mean": whatever the mean loss is a mean over).
+      shares: float32 [N], each task's share of the tokens; as weights, T5's plain objective. The
+        train step divides by these very numbers, so that weights equal to them change no bit.
       losses: float32 [N], mean loss of each task, 0 where it is absent. Before the update; those of
         this batch if the method needs GRAM or LOSSES, or is asked in `observe`.
       correct: float32 [N], share of tokens predicted rightly, 0 where absent; there with `losses`.
@@ -46,6 +47,7 @@ class Observations:
 
     step: jax.Array
     tokens: jax.Array
+    shares: jax.Array
     losses: jax.Array
     correct: jax.Array
     gram: jax.Array | None
@@ -57,15 +59,6 @@ class Observations:
     def present(self) -> jax.Array:
         """Bool [N]: which tasks have a token in the batch."""
         return self.tokens > 0
-
-    @property
-    def shares(self) -> jax.Array:
-        """Float32 [N]: each task's share of the batch's tokens; as weights, T5's plain objective.
-
-        The one place where it is computed: the train step divides by these very numbers, so that
-        weights equal to them change no bit.
-        """
-        return self.tokens / jnp.maximum(jnp.sum(self.tokens), 1.0)
 
 
 class Method:

@@ -44,7 +44,7 @@ def nonnegative_qp(hessian_NN: jax.Array, linear_N: jax.Array, valid_N: jax.Arra
     size = jnp.where(size > 0, size, 1.0)
     linear_N = jnp.where(valid_N, linear_N / size, 1.0)
 
-    def step(_: int, point: tuple[jax.Array, ...]) -> tuple:
+    def step(_: jax.Array, point: tuple[jax.Array, ...]) -> tuple:
         y_N, z_N = point
         residual_N = hessian_NN @ y_N + linear_N - z_N
         matrix_NN = hessian_NN + jnp.diag(z_N / y_N + _RIDGE)
@@ -90,7 +90,7 @@ def nash_bargain(cosine_NN: jax.Array, valid_N: jax.Array) -> jax.Array:
     valid_NN = valid_N[:, None] & valid_N[None, :]
     cosine_NN = jnp.where(valid_NN, cosine_NN, jnp.eye(valid_N.size, dtype=jnp.float32))
 
-    def step(_: int, point: tuple[jax.Array, ...]) -> tuple:
+    def step(_: jax.Array, point: tuple[jax.Array, ...]) -> tuple:
         (y_N,) = point
         downhill_N = 1.0 / y_N - cosine_NN @ y_N
         matrix_NN = cosine_NN + jnp.diag(1.0 / y_N**2 + _RIDGE)

@@ -123,7 +123,7 @@ class PCGrad(GradientMethod):
 def _vaccine(onto_N: jax.Array, target_N: jax.Array, norm_N: jax.Array) -> jax.Array:
     """How much of the unit vector raises the cosine to the target; 0 where it is there already.
 
-    Wang et al. 2021, equation 2, whose norms of the other gradient cancel in units of itself.
+    The rule of Wang et al. 2021, where the other gradient is measured in units of its own norm.
     """
     cosine_N = jnp.clip(onto_N / jnp.maximum(norm_N, 1e-30), -1.0, 1.0)
     sine_N = jnp.sqrt(1.0 - cosine_N**2)

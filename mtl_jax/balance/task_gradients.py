@@ -20,6 +20,7 @@ from mtl_jax.balance import groups
 from mtl_jax.balance.groups import Grouping
 
 Tree = Any
+TASK_IDS = "decoder_balance_ids"  # of a batch: which task's gradient a target token is part of
 # (rows of a microbatch, its number, float32 [N + 1] weight of each task's tokens, 0 is padding)
 #   -> (gradients of the weighted sum of token losses, sums)
 Part = Callable[[Any, jax.Array, jax.Array], tuple[Tree, Any]]
@@ -43,12 +44,12 @@ class TaskGradients:
 
 def task_of(rows: Mapping[str, jax.Array]) -> jax.Array:
     """The task id, int32 scalar, of rows that hold one task; 0 where all is padding."""
-    return jnp.max(rows["decoder_task_ids"])
+    return jnp.max(rows[TASK_IDS])
 
 
 def one_task_each(blocks: Mapping[str, jax.Array]) -> jax.Array:
     """Whether no microbatch [M, rows, T] of a batch holds a second task."""
-    ids_MRT = blocks["decoder_task_ids"]
+    ids_MRT = blocks[TASK_IDS]
     highest_M11 = jnp.max(ids_MRT, axis=(1, 2), keepdims=True)
     return jnp.all((ids_MRT == 0) | (ids_MRT == highest_M11))
 

@@ -1,0 +1,61 @@
+"""`mtl-jax report`: the page of a run, or one page that compares several."""
+
+import argparse
+from pathlib import Path
+
+from mtl_jax import report
+from mtl_jax.errors import UserError
+from mtl_jax.storage import read_jsonl, replace_text, storage_errors
+
+
+def main(args: argparse.Namespace) -> int:
+    """Rebuilds the page of every run and prints its results, or compares the runs.
+
+    Raises:
+      UserError: a folder that holds no run, a damaged file, runs that cannot be compared, or flags
+        that do not fit each other.
+    """
+    _check_flags(args)
+    if args.representations:
+        # TensorFlow reads the inputs; its notices would bury ours.
+        from mtl_jax import quiet_tensorflow, represent
+
+        quiet_tensorflow.load()
+        for folder in args.run_dirs:
+            report.require_run(folder)
+            print(f"States: {represent.represent(Path(folder), args.examples or 64)}")
+    if args.compare:
+        return _compare(args)
+    for folder in args.run_dirs:
+        page = report.write_report(folder)
+        print(report.results_table(read_jsonl(Path(folder) / "results.jsonl")), end="")
+        print(f"Report: {page}")
+    return 0
+
+
+def _check_flags(args: argparse.Namespace) -> None:
+    for name in ("output", "tasks", "lower_is_better"):
+        if getattr(args, name) and not args.compare:
+            raise UserError(f"--{name} is of --compare: add that, or remove it.")
+    if args.examples is not None and not args.representations:
+        raise UserError("--examples is of --representations: add that, or remove it.")
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from mtl_jax import comparison_html
+    from mtl_jax.analysis.comparison import compare
+    from mtl_jax.analysis.files import write_json
+
+    for folder in args.run_dirs:
+        report.require_run(folder)
+    comparison = compare(args.run_dirs, lower=args.lower_is_better, tasks=args.tasks)
+    folder = Path(args.output or ".")
+    markdown = comparison_html.markdown(comparison)
+    with storage_errors("write the comparison", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_text(folder / "comparison.html", comparison_html.render(comparison))
+        replace_text(folder / "comparison.md", markdown)
+    write_json(folder / "comparison.json", comparison.as_json())
+    print(markdown, end="")
+    print(f"Comparison: {folder / 'comparison.html'}")
+    return 0

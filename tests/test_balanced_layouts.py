@@ -1,0 +1,120 @@
+"""The train step under methods on eight devices, and continued from a checkpoint."""
+
+import jax
+import numpy as np
+import pytest
+from balanced_steps import AXES, CFG, KEY, PARAMS, balancer, batch, initial, stepper
+
+from mtl_jax import model, sharding
+from mtl_jax.balance.method import GRAM, METHODS
+from mtl_jax.checkpoint import Checkpointer
+from mtl_jax.sharding import MeshConfig
+
+
+def run(chosen, layout, steps=2, axes=AXES):
+    """Losses, Gramians and final parameters of some steps in a layout."""
+    mesh = sharding.make_mesh(MeshConfig(*layout), jax.devices()[: int(np.prod(layout))])
+    state = initial(chosen)
+    shapes = jax.eval_shape(lambda: initial(chosen))
+    places = sharding.state_shardings(mesh, model.param_axes(CFG), shapes)
+    reference = jax.tree.map(lambda x: x * 0.9, PARAMS) if chosen.needs("reference") else None
+    found = []
+    with sharding.on_mesh(mesh):
+        everywhere = sharding.replicated(mesh)
+        state = jax.device_put(state, places)
+        key = jax.device_put(KEY, everywhere)
+        reference = jax.device_put(reference, places.params) if reference else None
+        update = jax.jit(stepper(chosen), out_shardings=(places, everywhere))
+        for number in range(steps):
+            arrays = sharding.put_batch(mesh, batch(seed=number, rows=32))
+            state, metrics = update(state, arrays, key, reference)
+            found.append(np.concatenate([metrics["balance_weight"].ravel(), [metrics["loss"]]]))
+    return np.array(found), jax.device_get(state)
+
+
+LAYOUTS = ((1, 8, 1), (2, 2, 2))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("CAGrad", {}),
+        ("PCGrad", {"groups": "layer", "task_gradients": "sketch"}),
+        ("MGDA", {"task_gradients": "vmap"}),
+    ],
+    ids=["microbatch", "sketch", "vmap"],
+)
+def test_every_layout_gives_the_numbers_of_one_device(name, values, layout):
+    chosen = balancer(name, axes=AXES, **values)
+    found, state = run(chosen, layout)
+    expected, single = run(chosen, (1, 1, 1))
+    # Weights are solutions of small problems in float32: their last digits are amplified.
+    np.testing.assert_allclose(found, expected, rtol=2e-3, atol=1e-4)
+    np.testing.assert_allclose(found[:, -1], expected[:, -1], rtol=1e-5)
+    total, other = (
+        sum(float(np.abs(leaf).sum()) for leaf in jax.tree.leaves(s.params))
+        for s in (state, single)
+    )
+    np.testing.assert_allclose(total, other, rtol=1e-5)
+
+
+def test_slots_lie_as_their_parameters():
+    """No device holds a whole gradient of a sharded parameter."""
+    chosen = balancer("CAGrad", axes=AXES)
+    mesh = sharding.make_mesh(MeshConfig(1, 8, 1), jax.devices())
+    with sharding.on_mesh(mesh):
+        shapes = jax.eval_shape(lambda: initial(chosen))
+        places = sharding.state_shardings(mesh, model.param_axes(CFG), shapes)
+        state = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places
+        )
+        rows = {
+            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.batch_sharding(mesh))
+            for name, x in batch(rows=32).items()
+        }
+        text = (
+            jax.jit(stepper(chosen), out_shardings=(places, sharding.replicated(mesh)))
+            .lower(state, rows, KEY)
+            .compile()
+            .as_text()
+        )
+    # The slots of wi_0, three tasks of [2 layers, 16, 32], are split over the embedding.
+    assert "f32[3,2,2,32]" in text
+    assert "f32[3,2,16,32]" not in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_every_method_resumes_exactly_and_runs_on_eight_devices(name, tmp_path):
+    """Four steps at once equal two, a checkpoint and two more, bit by bit, for every method."""
+    needs_gram = GRAM in METHODS[name].needs
+    chosen = balancer(name, axes=AXES, **({"rescale": "mean_norm"} if needs_gram else {}))
+    mesh = sharding.make_mesh(MeshConfig(2, 2, 2), jax.devices())
+    reference = jax.tree.map(lambda x: x * 0.9, PARAMS) if chosen.needs("reference") else None
+    with sharding.on_mesh(mesh):
+        shapes = jax.eval_shape(lambda: initial(chosen))
+        places = sharding.state_shardings(mesh, model.param_axes(CFG), shapes)
+        everywhere = sharding.replicated(mesh)
+        update = jax.jit(stepper(chosen), out_shardings=(places, everywhere))
+        key = jax.device_put(KEY, everywhere)
+        reference = jax.device_put(reference, places.params) if reference else None
+
+        def advance(state, numbers):
+            for number in numbers:
+                arrays = sharding.put_batch(mesh, batch(seed=number, rows=32))
+                state, metrics = update(state, arrays, key, reference)
+                assert np.isfinite(metrics["loss"])
+            return state
+
+        half = advance(jax.device_put(initial(chosen), places), range(2))
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), half
+        )
+        with Checkpointer(tmp_path / "checkpoints") as checkpointer:
+            checkpointer.save(2, half, {}, {})
+            checkpointer.wait()
+            restored = checkpointer.restore(2, abstract)[0]
+        expected, found = (advance(s, range(2, 4)) for s in (half, restored))
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        np.testing.assert_array_equal(a, b)
