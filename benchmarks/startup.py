@@ -34,7 +34,7 @@ SPANS = {
     ("mtl_jax.data", "load_modules"): "data",
     ("mtl_jax.data", "TrainStream"): "data",
     ("mtl_jax.train", "next_batch"): "data",
-    ("mtl_jax.build", "start_state"): "state",
+    ("mtl_jax.starting", "start_state"): "state",
     ("mtl_jax.train", "describe_run"): "files",
     ("mtl_jax.train", "compile_step"): "compile",
 }

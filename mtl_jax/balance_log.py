@@ -74,8 +74,10 @@ class BalanceLog:
         return line
 
     def _weights(self, steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-        weights_SN = np.array([values["task_weight"].mean(axis=0) for values in steps], np.float64)
-        present_SN = np.array([values["task_tokens"][1:] > 0 for values in steps])
+        weights_SN = np.array(
+            [values["balance_weight"].mean(axis=0) for values in steps], np.float64
+        )
+        present_SN = np.array([values["balance_present"] for values in steps])
         total_S1 = np.abs(weights_SN).sum(axis=1, keepdims=True)
         shares_SN = weights_SN / np.where(total_S1 > 0, total_S1, 1.0)
         mean = _mean(weights_SN, present_SN)

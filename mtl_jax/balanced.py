@@ -1,6 +1,7 @@
 """The gradient of one batch under a method of `balance/`: what is observed, and how it is weighed.
 
-Letters: N tasks without padding, K groups of parameters, M microbatches.
+Letters: N tasks without padding, as `Balance.by` counts them, K groups of parameters,
+M microbatches, S SeqIO tasks with padding (`objective.py`'s N).
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ from mtl_jax.model_config import T5Config
 from mtl_jax.objective import OBJECTIVE_WEIGHTS, Batch, Metrics, StepConfig
 
 BalanceState = Any
+BALANCE_IDS = task_gradients.TASK_IDS
 # (gradients, sums, weights [K, N], state, what the method logs, Gramian, split-half cosines)
 _Result = tuple[model.Params, Metrics, jax.Array, BalanceState, Metrics, jax.Array, jax.Array]
 
@@ -32,6 +34,7 @@ class Problem:
       balancer: the method.
       frozen: parameters that are not trained (`optim.split`).
       dropout_rng: of this step; None: no dropout.
+      shared: how tasks share parameters; None: all of them.
     """
 
     cfg: T5Config
@@ -39,16 +42,25 @@ class Problem:
     balancer: Balancer
     frozen: model.Params
     dropout_rng: jax.Array | None
+    shared: objective.Shared | None = None
 
     @property
     def _tasks(self) -> int:
         return len(self.balancer.names)
 
+    @property
+    def _seqio_tasks(self) -> int:
+        return len(self.balancer.of_task) - 1
+
+    @property
+    def _of_task_S(self) -> jax.Array:
+        return jnp.asarray(self.balancer.of_task, jnp.int32)
+
     def prepared(self, batch: Batch) -> Batch:
-        """The batch with what its tokens count in the objective, where that is another number."""
+        """The batch with the method's own task ids, and what tokens count in the objective."""
         if self.balancer.cfg.reduction == "example_mean":
-            return objective.with_example_weights(batch)
-        return batch
+            batch = objective.with_example_weights(batch)
+        return batch | {BALANCE_IDS: self._of_task_S[batch["decoder_task_ids"]]}
 
     def observations(
         self, batch: Batch, step: jax.Array, rng: jax.Array, reference: model.Params | None
@@ -62,14 +74,25 @@ class Problem:
           reference: parameters of the frozen model, where the method asks for one.
         """
         counted_BT = batch.get(OBJECTIVE_WEIGHTS, batch["decoder_loss_weights"])
-        tokens_N = objective.per_task(batch["decoder_task_ids"], self._tasks, counted_BT)[1:]
+        tokens_N = objective.per_task(batch[BALANCE_IDS], self._tasks, counted_BT)[1:]
+        # Behind a barrier, or the compiler may make them twice, and not in the same way.
+        shares_N = jax.lax.optimization_barrier(tokens_N / jnp.maximum(jnp.sum(tokens_N), 1.0))
         losses = None
         if reference is not None:
             losses = self._losses(self._sums(reference, batch, dropout_rng=None))[0]
         zeros = jnp.zeros_like(tokens_N)
-        # Apart from what dropout folds in: a method's numbers are its own.
-        key = jax.random.fold_in(jax.random.fold_in(rng, 0x6D746C), step)
-        return Observations(step, tokens_N, zeros, zeros, None, losses, key, self.balancer.names)
+        return Observations(
+            step=step,
+            tokens=tokens_N,
+            shares=shares_N,
+            losses=zeros,
+            correct=zeros,
+            gram=None,
+            reference=losses,
+            # Apart from what dropout folds in: a method's numbers are its own.
+            rng=jax.random.fold_in(jax.random.fold_in(rng, 0x6D746C), step),
+            names=self.balancer.names,
+        )
 
     def gradients(
         self, params: model.Params, batch: Batch, state: BalanceState, seen: Observations
@@ -83,10 +106,10 @@ class Problem:
           seen: of `observations`.
 
         Returns:
-          (gradients, sums of `objective.loss_sum`, the method's state, and to log: "task_weight"
-          [K, N]; with gradients of single tasks "gram" [K, N, N], "split_half_cosine" [K, N],
-          "gradients_seen" (whether in this step) and "mixed_microbatches"; "balance/..." as the
-          method has it).
+          (gradients, sums of `objective.loss_sum`, the method's state, and to log:
+          "balance_weight" [K, N], "balance_present" [N]; with gradients of single tasks "gram"
+          [K, N, N], "split_half_cosine" [K, N], "gradients_seen" (whether in this step) and
+          "mixed_microbatches"; "balance/..." as the method has it).
         """
         every = self.balancer.every
         with_gram = lambda: self._with_gram(params, batch, state, seen)  # noqa: E731
@@ -99,7 +122,7 @@ class Problem:
             looked = seen.step % every == 0
             result = jax.lax.cond(looked, with_gram, without)
         grads, sums, weights_KN, state, logs, gram_KNN, halves_KN = result
-        told = {"task_weight": weights_KN}
+        told = {"balance_weight": weights_KN, "balance_present": seen.present}
         told |= {f"balance/{name}": value for name, value in logs.items()}
         if every:
             told |= {
@@ -221,14 +244,14 @@ class Problem:
         return jnp.zeros((*shape, self._tasks), jnp.float32), jnp.zeros(shape, jnp.float32)
 
     def _ratios(self, weights_KN: jax.Array, seen: Observations) -> jax.Array:
-        """[N + 1] that token losses are multiplied by before their mean over all tokens.
+        """[S] that token losses are multiplied by before their mean over all tokens.
 
         1 exactly where a weight is the task's share of the tokens, so that such weights change no
         bit of the plain objective.
         """
         shares_N = jnp.where(seen.present, seen.shares, 1.0)
         ratios_N = jnp.where(seen.present, weights_KN[0] / shares_N, 0.0)
-        return jnp.concatenate([jnp.zeros(1, jnp.float32), ratios_N])
+        return jnp.concatenate([jnp.zeros(1, jnp.float32), ratios_N])[self._of_task_S]
 
     def _factors(self, weights_KN: jax.Array, seen: Observations) -> jax.Array:
         """[K, N] that gradients of summed token losses are multiplied by."""
@@ -239,8 +262,8 @@ class Problem:
         self, params: model.Params, batch: Batch, weigh: objective.Weigh | None
     ) -> tuple[model.Params, Metrics]:
         return objective.gradients(
-            *(self.cfg, self.step_cfg, self._tasks, params, batch),
-            *(self.dropout_rng, self.frozen, weigh),
+            *(self.cfg, self.step_cfg, self._seqio_tasks, params, batch),
+            *(self.dropout_rng, self.frozen, weigh, self.shared),
         )
 
     def _part(self, params: model.Params) -> task_gradients.Part:
@@ -253,7 +276,9 @@ class Problem:
             def total(params: model.Params) -> tuple[jax.Array, Metrics]:
                 whole = optim.merge(params, self.frozen)
                 return objective.loss_sum(
-                    self.cfg, self.step_cfg, self._tasks, whole, rows, rng, weights
+                    *(self.cfg, self.step_cfg, self._seqio_tasks, whole, rows, rng),
+                    weights[self._of_task_S],
+                    self.shared,
                 )
 
             (_, sums), grads = jax.value_and_grad(total, has_aux=True)(params)
@@ -270,7 +295,8 @@ class Problem:
         return objective.over_microbatches(
             self.step_cfg,
             lambda rng, rows: objective.loss_sum(
-                self.cfg, self.step_cfg, self._tasks, params, rows, rng
+                *(self.cfg, self.step_cfg, self._seqio_tasks, params, rows, rng),
+                shared=self.shared,
             )[1],
             batch,
             dropout_rng,
@@ -281,9 +307,15 @@ class Problem:
         name, mass = "task_loss_sum", "task_tokens"
         if "task_mass" in sums:
             name, mass = "task_objective_sum", "task_mass"
-        tokens_N = jnp.maximum(sums["task_tokens"][1:], 1.0)
-        losses_N = sums[name][1:] / jnp.where(sums[mass][1:] > 0, sums[mass][1:], 1.0)
-        return losses_N, sums["task_correct"][1:] / tokens_N
+
+        def mean(total: str, count: str) -> jax.Array:
+            total_N, count_N = (
+                jax.ops.segment_sum(sums[x], self._of_task_S, self._tasks + 1)[1:]
+                for x in (total, count)
+            )
+            return total_N / jnp.where(count_N > 0, count_N, 1.0)
+
+        return mean(name, mass), mean("task_correct", "task_tokens")
 
     def _informed(self, seen: Observations, sums: Metrics) -> Observations:
         """With the losses of this batch; no gradient goes through them."""

@@ -21,11 +21,13 @@ class Request:
       key: whose row it is; carried along unread.
       inputs: encoder tokens.
       choices: the targets to score, as token lists; empty: generate.
+      group: rows of different groups never share a batch, only shapes.
     """
 
     key: Any
     inputs: Sequence[int]
     choices: Sequence[Sequence[int]] = ()
+    group: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +105,8 @@ def plan(
       max_shapes: how many shapes may be compiled.
 
     Returns:
-      Batches, the shortest first; each request is in exactly one of them.
+      Batches, the shortest first; each request is in exactly one of them, and each batch holds
+      requests of one group.
     """
     members: dict[tuple[int, int], list[int]] = {}
     for i, request in enumerate(requests):
@@ -193,6 +196,8 @@ def _cheapest_merge(groups: Sequence[_Group], rows_of_count: np.ndarray) -> tupl
 
 
 def _cut(group: _Group, requests: Sequence[Request], rows: int) -> Iterator[Batch]:
-    for start in range(0, len(requests), rows):
-        part = tuple(requests[start : start + rows])
-        yield Batch(rows, group.inputs_length, group.targets_length, part)
+    for number in sorted({request.group for request in requests}):
+        mine = [request for request in requests if request.group == number]
+        for start in range(0, len(mine), rows):
+            part = tuple(mine[start : start + rows])
+            yield Batch(rows, group.inputs_length, group.targets_length, part)

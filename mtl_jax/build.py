@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from jax.sharding import Mesh
 from mtl_jax import (
     attention,
     data,
+    microbatches,
     model,
     optim,
     patterns,
@@ -33,6 +33,9 @@ from mtl_jax.checkpoint import Checkpointer, locate
 from mtl_jax.errors import UserError
 from mtl_jax.evaluate import EvalTask, Evaluator
 from mtl_jax.run_directory import RunDirectory, enable_compile_cache
+from mtl_jax.sharing import embeddings, tree
+from mtl_jax.sharing.plan import SharingPlan, make_plan
+from mtl_jax.sharing.sharing_config import Rooms
 
 if TYPE_CHECKING:
     from mtl_jax.config import Config
@@ -43,6 +46,7 @@ MODEL_FIELDS = (
     *("vocab_size", "emb_dim", "num_heads", "head_dim", "mlp_dim", "mlp_activations"),
     *("num_encoder_layers", "num_decoder_layers", "logits_via_embedding"),
     *("relpos_buckets", "relpos_max_distance", "relpos_per_layer", "rescale_logits"),
+    "adapter_dim",
 )
 
 
@@ -58,6 +62,7 @@ class Session:
       abstract_state: the train state as shapes with shardings.
       balancer: how the tasks share the update.
       placement: how evaluation puts its batches on the mesh.
+      sharing: how the tasks share parameters.
     """
 
     config: "Config"
@@ -67,6 +72,7 @@ class Session:
     abstract_state: step.TrainState
     balancer: Balancer
     placement: placement.Placement
+    sharing: SharingPlan
 
     @property
     def shardings(self) -> Any:
@@ -89,20 +95,44 @@ class Session:
         trained = optim.split(self.config.optimizer, self.abstract_state.params)[0]
         return describe_cost(self.balancer, sharding.bytes_per_device(trained))
 
+    def method_info(self) -> dict[str, Any]:
+        """The method that shares the update and the values of its fields, for JSON."""
+        method = self.config.method
+        options = {} if method is None else dataclasses.asdict(method)  # type: ignore[call-overload]
+        return {"method": self.config.balance.method, "options": options}
+
     def rates(self, state: step.TrainState) -> dict[str, float]:
-        """The rates that the method's state suggests for the mixture; empty: none."""
+        """The rates that the method's state suggests for the tasks of the mixture; empty: none.
+
+        Those of an owner of several tasks (`Balance.by`) are divided as the mixture divides them.
+        """
         method = self.balancer.method
         if method is None or not hasattr(method, "rates"):
             return {}
         # The state is whole on every device.
-        return method.rates(jax.device_get(state.balance.method), self.balancer.names) or {}
+        found = method.rates(jax.device_get(state.balance.method), self.balancer.names) or {}
+        base = data.rates_of(self.config.data.mixture)
+        owners = {task: microbatches.owner(task, self.config.balance.by) for task in base}
+        total = dict.fromkeys(owners.values(), 0.0)
+        for task, rate in base.items():
+            total[owners[task]] += rate
+        return {
+            task: found[owners[task]] * rate / total[owners[task]]
+            for task, rate in base.items()
+            if rate and owners[task] in found
+        }
+
+    def block_of(self, task: str) -> str:
+        """What a block of rows is of, where blocks are; tasks of the same may share one."""
+        return microbatches.block_of(task, self.config, self.balancer, self.sharing)
 
     def meta(self, task_ids: dict[str, int], origin: dict[str, Any]) -> dict[str, Any]:
         """What a checkpoint says of itself; `origin` is what it was converted from, if anything."""
         model_fields = dataclasses.asdict(self.config.model)
-        return {"model": model_fields, "task_ids": task_ids} | (
-            {"source": origin} if origin else {}
-        )
+        meta: dict[str, Any] = {"model": model_fields, "task_ids": task_ids}
+        if not self.sharing.empty:
+            meta["sharing"] = self.sharing.describe()
+        return meta | ({"source": origin} if origin else {})
 
     def origin(self, own: Checkpointer) -> dict[str, Any]:
         """What the run's weights were converted from, as its newest checkpoint says.
@@ -134,28 +164,59 @@ class Session:
         optimizer = optim.make_optimizer(self.config.optimizer)
 
         def make(rng: jax.Array) -> step.TrainState:
-            return others(step.init_state(self.config.model, optimizer, rng, self.balancer))
+            made = step.init_state(self.config.model, optimizer, rng, self.balancer, self.sharing)
+            return others(made)
 
         with sharding.on_mesh(self.mesh):
             jitted = jax.jit(make, out_shardings=others(self.shardings))
             state = jitted(jax.random.key(self.config.run.seed))
         return dataclasses.replace(state, params=patterns.as_tree(state.params | given))
 
-    def check_model(self, meta: dict[str, Any], place: str | Path) -> None:
+    def shared_state(self, given: Mapping[str, jax.Array]) -> step.TrainState:
+        """As `fresh_state`, where `given` are of the plain T5 that sharing starts from."""
+        optimizer = optim.make_optimizer(self.config.optimizer)
+
+        def make(rng: jax.Array, given: Mapping[str, jax.Array]) -> step.TrainState:
+            return step.init_state(
+                self.config.model, optimizer, rng, self.balancer, self.sharing, given
+            )
+
+        with sharding.on_mesh(self.mesh):
+            jitted = jax.jit(make, out_shardings=self.shardings)
+            return jitted(jax.random.key(self.config.run.seed), given)
+
+    @property
+    def abstract_plain(self) -> model.Params:
+        """The parameters of the plain T5 that sharing starts from, as shapes with shardings."""
+        return jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            model.abstract_params(self.config.model),
+            sharding.params_shardings(self.mesh, model.param_axes(self.config.model)),
+        )
+
+    def check_model(self, meta: dict[str, Any], place: str | Path, *, plain: bool = False) -> None:
         """Refuses a checkpoint of a model that computes something else with the same shapes.
+
+        Args:
+          meta: of the checkpoint.
+          place: of the checkpoint, for messages.
+          plain: it is of the plain T5 that sharing starts from.
 
         Raises:
           UserError: names the field of T5 and both values.
         """
         for difference in self.model_differences(meta):
             raise UserError(f"The checkpoint {place} is of another architecture: its {difference}.")
+        if not plain:
+            self.sharing.check_description(meta.get("sharing"), place)
 
     def model_differences(self, meta: dict[str, Any]) -> list[str]:
         """What a checkpoint's meta says of its model that is not so in this run."""
         saved = meta.get("model", {})
         if saved:  # older ones lack fields that came later
             tied = saved.get("logits_via_embedding", False)
-            saved = {"relpos_per_layer": False, "rescale_logits": tied} | saved
+            earlier = {"relpos_per_layer": False, "rescale_logits": tied, "adapter_dim": 0}
+            saved = earlier | saved
         ours = json.loads(json.dumps(dataclasses.asdict(self.config.model)))
         return [
             f"T5.{field} is {saved[field]!r}, this run's is {ours[field]!r}"
@@ -183,7 +244,8 @@ class Session:
 
     def evaluator(self) -> Evaluator:
         """The evaluator of this session; keep it, it holds the compiled functions."""
-        return Evaluator(self.config.model, self.placement, self.config.eval)
+        model_config = self.sharing.model_config
+        return Evaluator(model_config, self.placement, self.config.eval, self.sharing)
 
     def eval_tasks(self) -> list[EvalTask]:
         """The tasks of `Eval.tasks` with their examples."""
@@ -233,65 +295,50 @@ def build(config: "Config") -> Session:
 
     run = RunDirectory(config.run.directory, primary=jax.process_index() == 0)
     task_ids = run.task_ids(data.task_names(mixture) if mixture else [])
-    names = sorted(task_ids, key=task_ids.__getitem__)
-    axes = model.param_axes(config.model)
-    balancer = make_balancer(
-        config.balance, config.method, names, config.model, patterns.by_path(axes)
-    )
-    config = _with_blocks(config, mesh, balancer)
+    owners = [
+        microbatches.owner(name, config.balance.by)
+        for name in sorted(task_ids, key=task_ids.__getitem__)
+    ]
+    plan = _sharing_plan(config, sorted(task_ids, key=task_ids.__getitem__), mixture)
+    axes = tree.axes(plan)
+    # A bank's axis is on no mesh axis, and an axis of tasks comes before it.
+    of_slots = {
+        path: tuple(None if axis == "tasks" else axis for axis in names)
+        for path, names in patterns.by_path(axes).items()
+    }
+    balancer = make_balancer(config.balance, config.method, owners, config.model, of_slots)
+    microbatches.check_sharing(config, balancer, plan)
+    config = microbatches.with_blocks(config, mesh, balancer, plan)
     make = functools.partial(
         step.init_state,
         config.model,
         optim.make_optimizer(config.optimizer),
         balancer=balancer,
+        plan=plan,
     )
     shapes = jax.eval_shape(make, jax.random.key(0))
     optim.check_groups(config.optimizer, shapes.params)
-    restore.plan(config.run.restore_map, patterns.by_path(shapes.params))
+    # With sharing, what is restored may also be a plain T5.
+    known = patterns.by_path(model.abstract_params(config.model)) | patterns.by_path(shapes.params)
+    restore.plan(config.run.restore_map, known)
     abstract_state = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         shapes,
         sharding.state_shardings(mesh, axes, shapes),
     )
-    return Session(config, run, mesh, axes, abstract_state, balancer, placement.on_mesh(mesh))
+    return Session(config, run, mesh, axes, abstract_state, balancer, placement.on_mesh(mesh), plan)
 
 
-def _with_blocks(config: "Config", mesh: Mesh, balancer: Balancer) -> "Config":
-    """The configuration with one task in each microbatch, where that is needed or asked for.
-
-    Raises:
-      UserError: the batch cannot be divided so.
-    """
-    blocks, parts = config.data.blocks, config.step.microbatches
-    if not blocks and not balancer.wants_blocks:
-        return config
-    if not blocks:
-        shards = config.data.num_shards or jax.process_count()
-        rows = config.data.batch_size // math.lcm(sharding.replicas(mesh), shards)
-        blocks = parts if parts > 1 else _blocks(rows, len(balancer.names))
-    if parts not in (1, blocks):
-        raise UserError(
-            f"Step.microbatches = {parts} and Data.blocks = {blocks} must be the same where each "
-            "microbatch holds one task: set one of the two."
-        )
-    if balancer.wants_blocks and blocks < 2:
-        raise UserError(
-            f"{config.balance.method or 'Balance.monitor_every'} needs microbatches of one task "
-            f"each, but a batch of {config.data.batch_size} rows cannot be divided: set a larger "
-            "Data.batch_size, or Balance.task_gradients = 'vmap'."
-        )
-    sharding.validate(mesh, config.model, config.data.batch_size, blocks)
-    return dataclasses.replace(
-        config,
-        data=dataclasses.replace(config.data, blocks=blocks),
-        step=dataclasses.replace(config.step, microbatches=blocks),
+def _sharing_plan(config: "Config", names: list[str], mixture: str) -> SharingPlan:
+    rooms = Rooms(
+        *(config.sharing, config.lora, config.adapter),
+        *(config.prompt, config.experts, config.adversary),
     )
-
-
-def _blocks(rows: int, tasks: int) -> int:
-    """The fewest blocks that give each task one of its own, or as many as `rows` divides into."""
-    divisors = [n for n in range(1, rows + 1) if rows % n == 0]
-    return next((n for n in divisors if n >= tasks), divisors[-1])
+    plan = make_plan(rooms, names, config.model)
+    for read in (data.task_names(mixture) if mixture else [], _eval_names(config)):
+        if read:
+            embeddings.check_vocabulary(plan, int(data.vocabulary(read).vocab_size))
+    return plan
 
 
 def _eval_names(config: "Config") -> list[str]:
@@ -365,51 +412,6 @@ def _foreign(folder: Path) -> str:
     # A T5X checkpoint: a folder of arrays beside one file that lists them.
     is_t5x = (folder / "checkpoint").is_file() and not any(folder.glob("*.index"))
     return "T5X" if is_t5x else ""
-
-
-def start_state(session: Session) -> step.TrainState:
-    """Fresh parameters, or those of `Run.restore_from`; says on standard error which.
-
-    Raises:
-      UserError: the checkpoint is not there, or does not fit this run or `Run.restore_map`.
-    """
-    cfg = session.config.run
-    if not cfg.restore_from:
-        return session.fresh_state()
-    checkpointer, number = open_checkpoint(cfg.restore_from)
-    with checkpointer:
-        number = checkpointer.latest() if number is None else number
-        meta = checkpointer.meta(number)
-        place = f"{cfg.restore_from} at step {number:,}"
-        if not cfg.restore_map:
-            session.check_model(meta, cfg.restore_from)
-        if cfg.restore_optimizer == "keep":
-            state = checkpointer.restore(number, session.abstract_state)[0]
-            print(f"Restored parameters and optimizer state from {place}", file=sys.stderr)
-            return state
-        if not cfg.restore_map:
-            params, _ = checkpointer.restore_parameters(number, session.abstract_state.params)
-            print(f"Restored the parameters from {place}; a fresh optimizer", file=sys.stderr)
-            return session.fresh_state(patterns.by_path(params))
-        return _mapped_state(session, checkpointer, number, place)
-
-
-def _mapped_state(
-    session: Session, checkpointer: Checkpointer, number: int | None, place: str
-) -> step.TrainState:
-    wanted = patterns.by_path(session.abstract_state.params)
-    stored = checkpointer.parameters(number)
-    made = restore.plan(session.config.run.restore_map, wanted)
-    restore.check(made, wanted, stored, place)
-    given: dict[str, jax.Array] = {}
-    for part in restore.rounds(made):
-        tree = patterns.as_tree({source: wanted[path] for source, path in part.items()})
-        found, _ = checkpointer.restore_parameters(number, tree, some=True)
-        given |= {part[source]: array for source, array in patterns.by_path(found).items()}
-    print(restore.summary(made, wanted, stored, place), file=sys.stderr)
-    for difference in session.model_differences(checkpointer.meta(number)):
-        print(f"  another architecture: its {difference}", file=sys.stderr)
-    return session.fresh_state(given)
 
 
 def abstract_reference(session: Session) -> model.Params | None:

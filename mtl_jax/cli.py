@@ -115,6 +115,12 @@ def _convert_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", required=True, choices=("hf", "mtl_jax"), help="the format of DST")
     parser.add_argument("--step", type=int, help="of a run; default: the newest")
     parser.add_argument(
+        "--task",
+        metavar="NAME",
+        help="of a run whose tasks have parameters of their own: whose plain T5 is written; or a "
+        "cluster, or '*' for the mean of all",
+    )
+    parser.add_argument(
         "--tokenizer",
         metavar="PATH",
         help="a spiece.model or a folder of tokenizer files to carry along instead of SRC's",
@@ -147,6 +153,51 @@ def _convert_flags(parser: argparse.ArgumentParser) -> None:
 
 def _report_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="folder of a finished run")
+    parser.add_argument(
+        "--representations",
+        action="store_true",
+        help="load each run's newest checkpoint and embed evaluation inputs of its tasks, for a "
+        "map of the tasks",
+    )
+    parser.add_argument(
+        "--examples",
+        type=int,
+        metavar="N",
+        help="of --representations: inputs of each dataset at most; default: 64",
+    )
+    group = parser.add_argument_group("comparison")
+    group.add_argument(
+        "--compare",
+        action="store_true",
+        help="write comparison.html, .json and .md over all the runs, methods x seeds; runs on one "
+        "task alone are the baselines of that task",
+    )
+    group.add_argument(
+        "--output", metavar="FOLDER", help="of --compare: where to write; default: here"
+    )
+    group.add_argument(
+        "--tasks",
+        nargs=2,
+        metavar=("A", "B"),
+        default=[],
+        help="of --compare: the tasks of a trade-off plot; default: those whose gradients conflict "
+        "most",
+    )
+    group.add_argument(
+        "--lower_is_better",
+        action="append",
+        default=[],
+        metavar="METRIC",
+        help="of --compare: a metric that counts mistakes; loss, perplexity, error, wer and their "
+        "like are known; repeatable",
+    )
+
+
+def _compare_flags(parser: argparse.ArgumentParser) -> None:
+    add_config_flags(parser)
+    parser.add_argument(
+        "--dry_run", action="store_true", help="check every run and list them; train nothing"
+    )
 
 
 def _task_flags(parser: argparse.ArgumentParser) -> None:
@@ -163,6 +214,7 @@ class Command:
     function: str
     examples: str
     reads_data: bool = False
+    config: str = "mtl_jax.config"  # whose `load_args` reads the Gin flags
 
 
 COMMANDS = {
@@ -181,6 +233,15 @@ COMMANDS = {
         "evaluate_main",
         "mtl-jax eval --gin_file=runs/quickstart/config.gin --gin.Eval.split=test",
         reads_data=True,
+    ),
+    "compare": Command(
+        "train methods x seeds and each task alone, and compare them",
+        _compare_flags,
+        "mtl_jax.compare",
+        "main",
+        "mtl-jax compare --gin_file=gin/runs/methods.gin",
+        reads_data=True,
+        config="mtl_jax.compare_config",
     ),
     "infer": Command(
         "generate or score the rows of a JSONL file",
@@ -207,11 +268,12 @@ COMMANDS = {
         reads_data=True,
     ),
     "report": Command(
-        "write report.html from the files of a run",
+        "write report.html from the files of a run, or compare runs",
         _report_flags,
-        "mtl_jax.report",
+        "mtl_jax.report_main",
         "main",
-        "mtl-jax report runs/quickstart",
+        "mtl-jax report runs/quickstart\n"
+        "  mtl-jax report --compare runs/*_seed* --output comparison",
     ),
 }
 
@@ -303,7 +365,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if command.reads_data and hasattr(args, "gin_file"):
             # Mistakes in it are told now, not after TensorFlow's ten seconds of import.
-            importlib.import_module("mtl_jax.config").load_args(args)
+            importlib.import_module(command.config).load_args(args)
         # Orbax reports every file it writes.
         importlib.import_module("absl.logging").set_verbosity("error")
         if command.reads_data:

@@ -39,6 +39,14 @@ if TYPE_CHECKING:
     from mtl_jax.optim import OptimizerConfig
     from mtl_jax.run_config import RunConfig
     from mtl_jax.sharding import MeshConfig
+    from mtl_jax.sharing.sharing_config import (
+        AdapterConfig,
+        AdversaryConfig,
+        ExpertsConfig,
+        LoraConfig,
+        PromptConfig,
+        SharingConfig,
+    )
 
 # Gin name -> (field of Config, module, dataclass). Imported when a configuration is loaded, so that
 # the command line answers at once.
@@ -50,6 +58,12 @@ ROOMS = {
     "Mesh": ("mesh", "mtl_jax.sharding", "MeshConfig"),
     "Step": ("step", "mtl_jax.objective", "StepConfig"),
     "Balance": ("balance", "mtl_jax.balance.balance_config", "BalanceConfig"),
+    "Sharing": ("sharing", "mtl_jax.sharing.sharing_config", "SharingConfig"),
+    "Lora": ("lora", "mtl_jax.sharing.sharing_config", "LoraConfig"),
+    "Adapter": ("adapter", "mtl_jax.sharing.sharing_config", "AdapterConfig"),
+    "Prompt": ("prompt", "mtl_jax.sharing.sharing_config", "PromptConfig"),
+    "Experts": ("experts", "mtl_jax.sharing.sharing_config", "ExpertsConfig"),
+    "Adversary": ("adversary", "mtl_jax.sharing.sharing_config", "AdversaryConfig"),
     "Run": ("run", "mtl_jax.run_config", "RunConfig"),
     "Checkpoint": ("checkpoint", "mtl_jax.checkpoint", "CheckpointConfig"),
     "Eval": ("eval", "mtl_jax.eval_task", "EvalConfig"),
@@ -73,6 +87,12 @@ class Config:
     step: "StepConfig"
     balance: "BalanceConfig"
     method: "Method | None"
+    sharing: "SharingConfig"
+    lora: "LoraConfig"
+    adapter: "AdapterConfig"
+    prompt: "PromptConfig"
+    experts: "ExpertsConfig"
+    adversary: "AdversaryConfig"
     run: "RunConfig"
     checkpoint: "CheckpointConfig"
     eval: "EvalConfig"
@@ -270,6 +290,8 @@ def _mentions(value: Any) -> Iterator[str]:
 def _check_name(binding: Binding, types: Mapping[str, type]) -> None:
     """Refuses names and fields that do not exist."""
     if binding.name not in types:
+        if binding.name == "Compare":
+            raise UserError(f"{binding.place}: the room Compare is for `mtl-jax compare`.")
         known = ", ".join(sorted(types))
         raise UserError(
             f"{binding.place}: unknown name {binding.name!r}."
@@ -381,9 +403,15 @@ def config_text(rooms: Mapping[str, Any]) -> str:
 
 
 def rates_text(rates: Mapping[str, float]) -> str:
-    """Returns a Gin file that sets the rates of a mixture, for another run."""
-    head = "# Rates that a method found; use them with: --gin_file=THIS_FILE\n"
-    return f"{head}Mixture.rates = {format_value(rates)}\n"
+    """Returns a Gin file that makes a mixture of tasks at these rates, for another run."""
+    values = {
+        "Mixture.name": "found_rates",
+        "Mixture.tasks": tuple(rates),
+        "Mixture.rates": rates,
+        "Data.mixture": "found_rates",
+    }
+    head = "# Rates that a method found; put --gin_file=THIS_FILE after the files of another run.\n"
+    return head + "".join(f"{name} = {format_value(value)}\n" for name, value in values.items())
 
 
 def read_bindings(
@@ -443,7 +471,12 @@ def load(
     gin_files: Sequence[str], bindings: Sequence[str] = (), search_paths: Sequence[str] = ()
 ) -> Config:
     """Returns the whole configuration; see `read_bindings` and `resolve`."""
-    given, types = read_bindings(gin_files, bindings, search_paths), room_types()
+    return from_bindings(read_bindings(gin_files, bindings, search_paths))
+
+
+def from_bindings(given: Sequence[Binding]) -> Config:
+    """Returns the whole configuration of bindings in their order; see `resolve`."""
+    types = room_types()
     of_method = _method_types(given, types)
     rooms = resolve(given, types | of_method)
     parts = {ROOMS[name][0]: value for name, value in rooms.items() if name in ROOMS}

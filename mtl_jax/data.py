@@ -17,6 +17,7 @@ share the shards.
 import dataclasses
 import itertools
 import logging
+import math
 import queue
 import threading
 import time
@@ -40,7 +41,14 @@ from mtl_jax.mixtures import (
     task_names,
     vocabulary,
 )
-from mtl_jax.packing import COUNTERS, BlockDraws, add_counters, block_shares, row_need
+from mtl_jax.packing import (
+    COUNTERS,
+    BlockDraws,
+    Example,
+    add_counters,
+    block_shares,
+    rows_per_example,
+)
 from mtl_jax.reading import Epoch, TaskReader
 from mtl_jax.shards import Shard, Snapshot
 
@@ -61,7 +69,7 @@ __all__ = [
 ]
 
 _STATE_VERSION = 2
-_MEASURED = 64  # examples of a task from which its need of rows is estimated
+_MEASURED = 64  # examples of a task, at most, from which its need of rows is estimated
 _log = logging.getLogger(__name__)
 
 
@@ -119,6 +127,8 @@ class TrainStream:
         task_ids: Mapping[str, int],
         process_index: int = 0,
         process_count: int = 1,
+        owners: Mapping[str, str] | None = None,
+        prompt: Sequence[int] = (),
     ):
         """Checks the mixture; opens no task yet.
 
@@ -127,6 +137,8 @@ class TrainStream:
             task_ids: id of every task of the mixture, from 1 on.
             process_index: of this process; it reads the shards and rows that are its part.
             process_count: number of processes.
+            owners: of the tasks, where a block of rows may hold several tasks of one owner.
+            prompt: tokens in front of every input, which take room of `Data.inputs_length`.
 
         Raises:
             UserError: a value that cannot be used, or a task without the split.
@@ -144,7 +156,18 @@ class TrainStream:
             raise UserError(f"There is no task id for {', '.join(missing[:5])}.")
         if min(task_ids.values()) < 1:
             raise UserError("Task ids must be at least 1; 0 is padding.")
+        if len(prompt) >= config.inputs_length:
+            raise UserError(
+                f"Data.inputs_length = {config.inputs_length} has no room for inputs behind a "
+                f"prompt of {len(prompt)} tokens (Prompt.length): make it larger."
+            )
+        self.prompt = np.array(prompt, np.int32)
         self.task_ids = dict(task_ids)
+        by_owner: dict[str, list[int]] = {}
+        for number, name in enumerate(self.tasks):
+            by_owner.setdefault(owners[name] if owners else name, []).append(number)
+        # Numbers of the tasks that may share a block.
+        self.owned = tuple(by_owner.values())
         self.names_by_id = {number: name for name, number in task_ids.items()}
         lengths = {"inputs": config.inputs_length, "targets": config.targets_length}
         self._readers = []
@@ -165,9 +188,11 @@ class TrainStream:
             "inputs_length": config.inputs_length,
             "targets_length": config.targets_length,
             "blocks": config.blocks,
+            "prompt_length": len(prompt),
+            "owners": [owners[name] for name in self.tasks] if owners and config.blocks else 0,
             "tasks": list(self.tasks),
         }
-        # With blocks: the mean part of a row that an example of each task takes.
+        # With blocks: the rows that an example takes, for each of `owned`.
         self.needs: tuple[float, ...] = ()
         self._block_draws: BlockDraws | None = None
         self._set: tuple[float, ...] = ()
@@ -182,28 +207,40 @@ class TrainStream:
 
     @property
     def block_draws(self) -> BlockDraws:
-        """The tasks of the blocks of each batch; the same for all shards."""
+        """Which of `owned` the blocks of each batch are of; the same for all shards."""
         if self._block_draws is None:
             self.needs = self.needs or self._measured_needs()
-            shares = block_shares(list(self.rates.values()), self.needs)
+            of_all = list(self.rates.values())
+            rates = [sum(of_all[number] for number in numbers) for numbers in self.owned]
+            shares = block_shares(rates, self.needs)
             self._block_draws = BlockDraws(shares, self.config.blocks, self.config.seed)
         return self._block_draws
 
     def _measured_needs(self) -> tuple[float, ...]:
         """From the first examples of each task, the same ones in every process."""
         if not self.config.pack:
-            return (1.0,) * len(self.tasks)
-        lengths = self.config.inputs_length, self.config.targets_length
+            return (1.0,) * len(self.owned)
+        rates = list(self.rates.values())
         needs = []
-        for reader in self._readers:
-            epoch = Epoch(self.config.split, self.config.shuffle, self.config.seed)
+        for numbers in self.owned:
+            most = max(rates[number] for number in numbers)
+            # As they are drawn: short examples of one task fill the gaps that another's leave.
             found = [
-                row_need(len(inputs), len(targets), *lengths)
-                for inputs, targets in itertools.islice(reader.tokens(epoch), _MEASURED)
-                if len(inputs) and len(targets)
+                example
+                for number in numbers
+                for example in self._first(number, math.ceil(_MEASURED * rates[number] / most))
             ]
-            needs.append(float(np.mean(found)) if found else 1.0)
+            lengths = self.config.inputs_length, self.config.targets_length
+            needs.append(rows_per_example(found, *lengths) if found else 1.0)
         return tuple(needs)
+
+    def _first(self, number: int, count: int) -> list[Example]:
+        """The first examples of a task with tokens on both sides, trimmed; repeated if few."""
+        epoch = Epoch(self.config.split, self.config.shuffle, self.config.seed)
+        read = itertools.islice(self.reader(number).tokens(epoch), count)
+        most = self.config.inputs_length, self.config.targets_length
+        found = [Example(0, i[: most[0]], t[: most[1]]) for i, t in read if len(i) and len(t)]
+        return list(itertools.islice(itertools.cycle(found), count))
 
     def by_rates(self, rates: Mapping[str, float], batch: Batch) -> Batch:
         """Draws by other rates from the position after `batch` on, and returns it with them.

@@ -1,5 +1,6 @@
 """The values that say which data a run reads; free of TensorFlow, so they can be read early."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -92,8 +93,11 @@ class MixtureConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tasks", _names("Mixture.tasks", self.tasks))
-        if self.tasks and not self.name:
-            raise UserError("Mixture.tasks is given but Mixture.name is not: name the mixture.")
+        given = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
+        if given and not self.name:
+            raise UserError(
+                f"Mixture.{given[0]} is given but Mixture.name is not: name the mixture."
+            )
         # Written so that "not a number" is refused too.
         if not self.temperature > 0:
             raise UserError(f"Mixture.temperature must be positive, not {self.temperature}.")

@@ -6,6 +6,7 @@ import jax
 
 from mtl_jax import build, flops, sharding
 from mtl_jax.run_directory import model_info
+from mtl_jax.sharing import tree
 
 
 def describe(session: build.Session, compiled: Any) -> str:
@@ -20,7 +21,7 @@ def describe(session: build.Session, compiled: Any) -> str:
     info = model_info(state.params, session.axes, session.shardings.params)
     memory = compiled.memory_analysis()
     rows, inputs, targets = cfg.data.batch_size, cfg.data.inputs_length, cfg.data.targets_length
-    step_flops = flops.flops_per_step(cfg.model, rows, inputs, targets)
+    step_flops = flops.flops_per_step(session.sharing.model_config, rows, inputs, targets)
     mesh = " x ".join(f"{axis} {size}" for axis, size in session.mesh.shape.items())
     lines = [
         info.rstrip(),
@@ -34,6 +35,10 @@ def describe(session: build.Session, compiled: Any) -> str:
     ]
     if session.config.balance.method or session.balancer.every:
         lines.insert(-3, f"Balance: {session.balance_cost}")
+    if not session.sharing.empty:
+        lines[-3:-3] = [
+            f"Sharing: {line}" for line in tree.report(session.sharing, state.params).split("\n")
+        ]
     if memory is not None:
         lines.append(f"  temporaries      {_bytes(memory.temp_size_in_bytes)}")
     peak = flops.peak_flops(jax.devices()[0].device_kind)

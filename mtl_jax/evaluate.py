@@ -19,6 +19,8 @@ from mtl_jax.model import Params
 from mtl_jax.model_config import T5Config
 from mtl_jax.placement import Placement
 from mtl_jax.results import Outcome, Row
+from mtl_jax.sharing import embeddings, tree
+from mtl_jax.sharing.plan import SharingPlan
 
 __all__ = [
     "EvalConfig",
@@ -32,8 +34,20 @@ __all__ = [
 class Evaluator:
     """Evaluates tasks; keep one for a whole run, since it holds the compiled functions."""
 
-    def __init__(self, model_config: T5Config, placement: Placement | None, config: EvalConfig):
+    def __init__(
+        self,
+        model_config: T5Config,
+        placement: Placement | None,
+        config: EvalConfig,
+        plan: SharingPlan | None = None,
+    ):
         """Sets up an evaluator; nothing is compiled yet.
+
+        Args:
+          model_config: the model; with a plan its `model_config`.
+          placement: how batches are placed; None: on the default device.
+          config: what is evaluated.
+          plan: how tasks share parameters; a task that it does not know is evaluated as task 0.
 
         Raises:
           UserError: the batch cannot be spread evenly over the devices.
@@ -45,6 +59,9 @@ class Evaluator:
                 f"Eval.batch_size = {config.batch_size} must be a multiple of the "
                 f"{self._placement.row_multiple} devices that share the rows of a batch."
             )
+        self._sharing = None if plan is None or plan.empty else plan
+        self._prompt = list(embeddings.prompt_ids(plan)) if plan is not None else []
+        self._plain = jax.jit(self._plain_params)
         self._score = jax.jit(self._score_batch, static_argnames="num_choices")
         self._generate = jax.jit(self._generate_batch)
         self.compiled_shapes = 0  # batch shapes compiled so far
@@ -63,7 +80,7 @@ class Evaluator:
         metrics get the log-likelihoods of their targets; the others generate greedily.
 
         Args:
-          params: of the model, on the devices.
+          params: of the model, or of the plan, on the devices.
           tasks: what to evaluate.
           step: of training, for the rows.
           run_dir: where to write; None writes nothing.
@@ -105,17 +122,16 @@ class Evaluator:
         ranks, scores, generations = [], [], []
         for task, of_task in zip(tasks, outcomes, strict=True):
             ranked = task.ranked
+            group = 0 if self._sharing is None else self._sharing.evaluation_id(task.name)
+            request = functools.partial(buckets.Request, group=group)
             for example, outcome in zip(task.examples, of_task, strict=True):
+                inputs = [*self._prompt, *example.inputs]
                 if ranked:
-                    ranks.append(
-                        buckets.Request((outcome, True), example.inputs, example.choice_tokens)
-                    )
+                    ranks.append(request((outcome, True), inputs, example.choice_tokens))
                 if task.score_metric_fns:
-                    scores.append(
-                        buckets.Request((outcome, False), example.inputs, [example.targets])
-                    )
+                    scores.append(request((outcome, False), inputs, [example.targets]))
                 if not ranked and (task.metric_fns or not task.score_metric_fns):
-                    generations.append(buckets.Request((outcome, task.eos_id), example.inputs))
+                    generations.append(request((outcome, task.eos_id), inputs))
         plan = functools.partial(
             buckets.plan,
             batch_size=self._config.batch_size,
@@ -123,21 +139,32 @@ class Evaluator:
             max_shapes=self._config.max_shapes,
         )
         done, total = 0, len(ranks) + len(scores) + len(generations)
-        finished = (
-            self._run_scores(params, plan(ranks + scores)),
-            self._run_generations(params, plan(generations)),
-        )
-        for batches in finished:
-            for rows in batches:
-                done += rows
-                if progress is not None:
-                    progress(done, total)
+        widest = max((len(request.choices) for request in ranks + scores), default=1)
+        run_scores = functools.partial(self._run_scores, num_choices=buckets.bucket(widest))
+        to_score, to_generate = plan(ranks + scores), plan(generations)
+        for group in sorted({batch.requests[0].group for batch in to_score + to_generate}):
+            mine = self._params_of(params, group)
+            for run, batches in ((run_scores, to_score), (self._run_generations, to_generate)):
+                for rows in run(mine, [b for b in batches if b.requests[0].group == group]):
+                    done += rows
+                    if progress is not None:
+                        progress(done, total)
         return outcomes
 
-    def _run_scores(self, params: Params, batches: Sequence[buckets.Batch]) -> Iterator[int]:
-        widest = max((len(r.choices) for batch in batches for r in batch.requests), default=1)
-        num_choices = buckets.bucket(widest)
+    def _params_of(self, params: Params, task: int) -> Params:
+        """The parameters of the plain T5 of a task."""
+        if self._sharing is None:
+            return params
+        with self._placement.context():
+            return self._plain(params, np.int32(task))
 
+    def _plain_params(self, params: Params, task: jax.Array) -> Params:
+        assert self._sharing is not None
+        return tree.plain(self._sharing, params, task)
+
+    def _run_scores(
+        self, params: Params, batches: Sequence[buckets.Batch], *, num_choices: int
+    ) -> Iterator[int]:
         def dispatch(batch: buckets.Batch) -> Any:
             choices = [request.choices for request in batch.requests]
             packed = decode.pack_choices(choices, batch.rows, batch.targets_length)

@@ -35,7 +35,8 @@ def prepare(cfg: T5Config, params: model.Params) -> Weights:
 
     Returns:
       A layer's kernels: qkv [D, 3 E], out [E, D], cross_query [D, E], cross_key_value [D, 2 E],
-      cross_out [E, D], wi [D, C F], wo [F, D]; its norms; its bias table, if it has its own. Joined
+      cross_out [E, D], wi [D, C F], wo [F, D]; its norms; its bias table, if it has its own; its
+      adapters' kernels, if it has any, under the names of the blocks they stand behind. Joined
       kernels are a tuple of one; where heads are sharded of several, since joining would move the
       borders of the shards. A layer is an entry of the tuple "layers", or of a leading axis N if
       `cfg.scan_layers`. Beside them "embedding", "norm", "output" [D, V] and, where the layers
@@ -89,6 +90,10 @@ def _prepare_layer(cfg: T5Config, layer: model.Params) -> Weights:
     }
     if cfg.relpos_per_layer:
         weights["bias_table"] = layer["relpos_bias"]["rel_embedding"].T
+    if cfg.adapter_dim:
+        for name in ("self_attention", "encoder_decoder_attention", "mlp"):
+            adapter = layer[f"{name}_adapter"]
+            weights[f"{name}_adapter"] = (kernel(adapter["down"]), kernel(adapter["up"]))
     return weights
 
 
@@ -215,16 +220,27 @@ def _layer_step(
         position,
         max_distance=cfg.relpos_max_distance,
     )
-    x_BRD = x_BRD + _product(out.reshape(*rows, -1), layer["out"])
+    h = _product(out.reshape(*rows, -1), layer["out"])
+    x_BRD = x_BRD + _adapted(h, layer.get("self_attention_adapter"))
 
     h = rms_norm(x_BRD, layer["pre_cross_attention"], cfg.dtype)
     query = split(_product(h, layer["cross_query"]))
     out = attention.step_over_inputs(query, cross["key"], cross["value"], segments_BL)
-    x_BRD = x_BRD + _product(out.reshape(*rows, -1), layer["cross_out"])
+    h = _product(out.reshape(*rows, -1), layer["cross_out"])
+    x_BRD = x_BRD + _adapted(h, layer.get("encoder_decoder_attention_adapter"))
 
     h = rms_norm(x_BRD, layer["pre_mlp"], cfg.dtype)
     h = activated(cfg.mlp_activations, _products(h, layer["wi"], len(cfg.mlp_activations)))
-    return x_BRD + _product(h, layer["wo"]), {"key": key, "value": value}
+    x_BRD = x_BRD + _adapted(_product(h, layer["wo"]), layer.get("mlp_adapter"))
+    return x_BRD, {"key": key, "value": value}
+
+
+def _adapted(h_BRD: jax.Array, adapter: Kernels | None) -> jax.Array:
+    """What the adapter makes of it, as `layers.Adapter`; None: there is none."""
+    if adapter is None:
+        return h_BRD
+    down, up = adapter
+    return h_BRD + _product(nn.gelu(_product(h_BRD, down)), up)
 
 
 def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:

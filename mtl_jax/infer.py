@@ -46,6 +46,7 @@ def main(args: argparse.Namespace) -> int:
         tokenizer_folder=job.cfg.tokenizer or None,
         inputs_length=job.cfg.inputs_length,
         attention=job.cfg.attention,
+        task=job.cfg.task or None,
     )
     for note in loaded.notes:
         say(f"note: {note}")

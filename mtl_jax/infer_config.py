@@ -18,6 +18,8 @@ class InferConfig:
       dtype: of parameters and computation, "float32" or "bfloat16".
       attention: as `T5.attention`.
       step: checkpoint of a run; -1: the newest, or the one that --checkpoint names.
+      task: of a model whose tasks have parameters of their own: which one the inputs are of; for a
+        task that it was not trained on its cluster, or '*' for the mean of all.
       tokenizer: folder with the vocabulary; empty: the one that the checkpoint carries along.
       on_bad_line: "stop" at a line that is no valid row, or "skip" it into OUTPUT.skipped.jsonl.
       log_probs: write the log-probability of each generated token, too.
@@ -29,6 +31,7 @@ class InferConfig:
     dtype: str = "float32"
     attention: str = "auto"
     step: int = -1
+    task: str = ""
     tokenizer: str = ""
     on_bad_line: str = "stop"
     log_probs: bool = False

@@ -72,6 +72,7 @@ class LoadedModel:
         step: int = 0,
         notes: Sequence[str] = (),
         inputs_length: int = 512,
+        prompt: Sequence[int] = (),
     ):
         """Nothing is compiled yet.
 
@@ -83,6 +84,7 @@ class LoadedModel:
           step: of training.
           notes: what to know of how the checkpoint was understood.
           inputs_length: longer inputs are cut, and counted in `truncated`.
+          prompt: token ids in front of every input, beyond `inputs_length` (`Prompt`).
 
         Raises:
           UserError: the tokenizer has more ids than the model's embedding has rows.
@@ -94,6 +96,7 @@ class LoadedModel:
             )
         self.config, self.params, self.tokenizer, self.step = config, params, words, step
         self.notes, self.inputs_length, self.truncated = tuple(notes), inputs_length, 0
+        self._prompt = list(prompt)
         self._place = where or placement.Placement()
         self._weights: incremental.Weights | None = None  # made when something is generated
         self._prepare = jax.jit(functools.partial(incremental.prepare, config))
@@ -268,7 +271,7 @@ class LoadedModel:
         if len(tokens) > self.inputs_length:
             self.truncated += 1
             tokens = [*tokens[: self.inputs_length - 1], self.tokenizer.eos_id]
-        return tokens
+        return self._prompt + tokens
 
     def _rows(self, requests: list[buckets.Request], batch_size: int, dispatch: Any) -> Iterator:
         """Yields each request with its row of the result, in the order of the batches."""
@@ -359,6 +362,7 @@ def load(
     inputs_length: int = 512,
     attention: str = "auto",
     scan_layers: bool | None = None,
+    task: str | None = None,
 ) -> LoadedModel:
     """Loads a model onto the devices, tensor by tensor.
 
@@ -372,6 +376,8 @@ def load(
       inputs_length: longer inputs are cut.
       attention: as `T5.attention`.
       scan_layers: as `T5.scan_layers`; None: False for models below a billion parameters.
+      task: of a run whose tasks have parameters of their own: whose; for a task that the model was
+        not trained on its cluster, or "*" for the mean of all.
 
     Returns:
       The model, ready to `generate`, `score` and `embed`.
@@ -380,7 +386,7 @@ def load(
       UserError: no checkpoint there, a damaged one, no tokenizer, or a mesh that does not fit.
     """
     sharding.configure_jax()
-    source = interop.open_source(path, step)
+    source = interop.open_source(path, step, task=task)
     words = tokenizer.load(tokenizer_folder or source.tokenizer_folder)
     config = dataclasses.replace(
         source.config,
@@ -413,6 +419,7 @@ def load(
         step=source.step,
         notes=source.notes,
         inputs_length=inputs_length,
+        prompt=source.prompt,
     )
 
 

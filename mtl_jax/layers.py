@@ -28,7 +28,7 @@ class Dense(nn.Module):
     """A linear map without bias: kernel [in, out]."""
 
     features: int
-    axes: tuple[str, str]
+    axes: tuple[str | None, str | None]
     dtype: str
     init: Any = fan_in
 
@@ -122,6 +122,28 @@ class Mlp(nn.Module):
         return Dense(cfg.emb_dim, ("mlp", "embed"), cfg.dtype, name="wo")(h_BLF)
 
 
+class Adapter(nn.Module):
+    """A bottleneck behind a block: `h + gelu(h down) up` (Houlsby et al. 2019, section 2.1).
+
+    Without biases, as all of a T5; it starts as the identity.
+    """
+
+    cfg: T5Config
+
+    @nn.compact
+    def __call__(self, h: jax.Array) -> jax.Array:
+        """[..., D] -> [..., D], of what the block adds to the residual stream."""
+        cfg = self.cfg
+        inner = nn.gelu(Dense(cfg.adapter_dim, ("embed", None), cfg.dtype, name="down")(h))
+        zeros = nn.initializers.zeros
+        return h + Dense(cfg.emb_dim, (None, "embed"), cfg.dtype, zeros, name="up")(inner)
+
+
+def _adapted(cfg: T5Config, h: jax.Array, name: str) -> jax.Array:
+    """What a block gives, or what its adapter makes of it if there are any."""
+    return Adapter(cfg, name=f"{name}_adapter")(h) if cfg.adapter_dim else h
+
+
 class RelativeBias(nn.Module):
     """The bias table; stored [heads, buckets] as in T5X, returned [buckets, heads]."""
 
@@ -206,9 +228,10 @@ class EncoderLayer(nn.Module):
         h = Attention(cfg, self.deterministic, name="attention")(
             h, h, bias_table, segments_BL, segments_BL
         )
-        x_BLD = x_BLD + drop(h)
+        x_BLD = x_BLD + drop(_adapted(cfg, h, "attention"))
         h = LayerNorm(cfg.dtype, name="pre_mlp_layer_norm")(x_BLD)
-        x_BLD = x_BLD + drop(Mlp(cfg, self.deterministic, name="mlp")(h))
+        h = Mlp(cfg, self.deterministic, name="mlp")(h)
+        x_BLD = x_BLD + drop(_adapted(cfg, h, "mlp"))
         return nn.with_logical_constraint(x_BLD, ("batch", "length", "embed")), None
 
 
@@ -234,14 +257,15 @@ class DecoderLayer(nn.Module):
         h = Attention(cfg, self.deterministic, causal=True, name="self_attention")(
             h, h, bias_table, segments["self_q"], segments["self_kv"]
         )
-        x_BTD = x_BTD + drop(h)
+        x_BTD = x_BTD + drop(_adapted(cfg, h, "self_attention"))
         h = LayerNorm(cfg.dtype, name="pre_cross_attention_layer_norm")(x_BTD)
         h = Attention(cfg, self.deterministic, name="encoder_decoder_attention")(
             h, encoded_BLD, None, segments["cross_q"], segments["cross_kv"]
         )
-        x_BTD = x_BTD + drop(h)
+        x_BTD = x_BTD + drop(_adapted(cfg, h, "encoder_decoder_attention"))
         h = LayerNorm(cfg.dtype, name="pre_mlp_layer_norm")(x_BTD)
-        x_BTD = x_BTD + drop(Mlp(cfg, self.deterministic, name="mlp")(h))
+        h = Mlp(cfg, self.deterministic, name="mlp")(h)
+        x_BTD = x_BTD + drop(_adapted(cfg, h, "mlp"))
         return nn.with_logical_constraint(x_BTD, ("batch", "length", "embed")), None
 
 

@@ -60,7 +60,8 @@ class Logbook:
         self._interrupted = self._interruptions()
         device = jax.devices()[0]
         self._step_flops = flops.flops_per_step(
-            cfg.model, cfg.data.batch_size, cfg.data.inputs_length, cfg.data.targets_length
+            *(session.sharing.model_config, cfg.data.batch_size),
+            *(cfg.data.inputs_length, cfg.data.targets_length),
         )
         self._device_kind, self._devices = device.device_kind, jax.device_count()
         self._encoder_positions = cfg.data.batch_size * cfg.data.inputs_length
@@ -157,6 +158,11 @@ class Logbook:
             line[report.task_metric("loss", name)] = sums["task_loss_sum"][index] / count
             line[report.task_metric("accuracy", name)] = sums["task_correct"][index] / count
             line[report.task_metric("tokens", name)] = count
+        line |= {
+            name: float(np.mean([row[name] for row in rows]))
+            for name in rows[-1]
+            if name.startswith("sharing/")
+        }
         line |= self._epochs() | self._balance_log.columns(number, rows)
         self._writer.write(number, line)
         self._progress.update(number, loss=line["loss"], tokens_per_second=speed)

@@ -63,6 +63,8 @@ class T5Config:
       attention: implementation, a name of `ATTENTION`; all compute the same function.
       remat: what to recompute in the backward pass: "none", "minimal" (keeps matrix products)
         or "full" (keeps only the input of each layer).
+      adapter_dim: width of the bottleneck behind every attention and MLP (Houlsby et al. 2019); 0
+        for none. To train adapters with sharing among tasks, set `Adapter.dim` instead.
     """
 
     vocab_size: int = 32128
@@ -84,6 +86,7 @@ class T5Config:
     scan_layers: bool = True
     attention: str = "auto"
     remat: str = "none"
+    adapter_dim: int = 0
 
     def __post_init__(self) -> None:
         if isinstance(self.mlp_activations, str) or not 1 <= len(self.mlp_activations) <= 2:
@@ -96,8 +99,9 @@ class T5Config:
             object.__setattr__(self, "rescale_logits", self.logits_via_embedding)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type in ("int", int) and value < 1:
-                raise UserError(f"T5.{field.name} must be at least 1, got {value}.")
+            least = 0 if field.name == "adapter_dim" else 1
+            if field.type in ("int", int) and value < least:
+                raise UserError(f"T5.{field.name} must be at least {least}, got {value}.")
         for name in self.mlp_activations:
             if name not in ACTIVATIONS:
                 raise UserError(

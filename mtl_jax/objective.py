@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from mtl_jax import loss, model, optim
 from mtl_jax.errors import UserError
 from mtl_jax.model_config import T5Config
+from mtl_jax.sharing import adversary, tree
+from mtl_jax.sharing.plan import SharingPlan
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -54,6 +56,37 @@ class StepConfig:
             )
 
 
+@dataclasses.dataclass(frozen=True)
+class Shared:
+    """How tasks share parameters, in one step.
+
+    Attributes:
+      plan: who owns what. A microbatch must hold one task, or tasks with the same parameters.
+      step: int32 scalar, updates done so far.
+    """
+
+    plan: SharingPlan
+    step: jax.Array
+
+    def plain(self, params: model.Params, batch: Batch) -> model.Params:
+        """The parameters of the plain T5 of the batch's task."""
+        return tree.plain(self.plan, params, jnp.max(batch["decoder_task_ids"]))
+
+    def adversary(self, params: model.Params, batch: Batch, encoded_BLD: jax.Array) -> Metrics:
+        """What the adversary finds in a microbatch; empty: there is none."""
+        cfg = self.plan.rooms.adversary
+        if not cfg.weight:
+            return {}
+        of_segments = batch["encoder_segment_ids"], batch["encoder_task_ids"]
+        own = params["sharing"]["adversary"]
+        total, count, told = adversary.loss(cfg, own, encoded_BLD, *of_segments, self.step)
+        return {
+            "adversary_loss_sum": total,
+            "adversary_examples": count,
+            "adversary_correct": told["adversary_correct"],
+        }
+
+
 def forward(
     cfg: T5Config, params: model.Params, batch: Batch, dropout_rng: jax.Array | None = None
 ) -> jax.Array:
@@ -65,13 +98,28 @@ def hidden_states(
     cfg: T5Config, params: model.Params, batch: Batch, dropout_rng: jax.Array | None = None
 ) -> jax.Array:
     """Hidden_BTD of the decoder, before the output layer."""
-    encoded_BLD = model.encode(
+    return _decoded(cfg, params, batch, _encoded(cfg, params, batch, dropout_rng), dropout_rng)
+
+
+def _encoded(
+    cfg: T5Config, params: model.Params, batch: Batch, dropout_rng: jax.Array | None
+) -> jax.Array:
+    return model.encode(
         cfg,
         params,
         batch["encoder_input_tokens"],
         batch["encoder_segment_ids"],
         dropout_rng=None if dropout_rng is None else jax.random.fold_in(dropout_rng, 0),
     )
+
+
+def _decoded(
+    cfg: T5Config,
+    params: model.Params,
+    batch: Batch,
+    encoded_BLD: jax.Array,
+    dropout_rng: jax.Array | None,
+) -> jax.Array:
     return model.decode(
         cfg,
         params,
@@ -92,6 +140,7 @@ def loss_sum(
     batch: Batch,
     dropout_rng: jax.Array | None = None,
     weigh: Weigh | None = None,
+    shared: Shared | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """The weighted sum of token losses of a batch, and sums per task.
 
@@ -104,11 +153,16 @@ def loss_sum(
       dropout_rng: a PRNG key, or None for no dropout.
       weigh: float32 [N] that the tokens of each task are multiplied by in the scalar, or a function
         that makes it of the sums (not with `Step.loss_chunk`).
+      shared: how tasks share parameters; `params` is then the tree of `sharing.tree.init`.
 
     Returns:
       (scalar, {"z_loss_sum": [], "task_loss_sum", "task_tokens", "task_correct": [N]}, and with
-      "decoder_objective_weights" "task_objective_sum" and "task_mass": so weighed).
+      "decoder_objective_weights" "task_objective_sum" and "task_mass": so weighed; with an
+      adversary "adversary_loss_sum", "adversary_examples" and "adversary_correct", which are no
+      part of the scalar).
     """
+    plain = params if shared is None else shared.plain(params, batch)
+    encoded_BLD = _encoded(cfg, plain, batch, dropout_rng)
     weights_BT, ids_BT = batch["decoder_loss_weights"], batch["decoder_task_ids"]
     counted_BT = batch.get(OBJECTIVE_WEIGHTS, weights_BT)
 
@@ -125,22 +179,24 @@ def loss_sum(
             sums["task_mass"] = of_tasks(counted_BT)
         return sums
 
-    weights: Any = counted_BT
+    # Behind a barrier, what follows is one program, so that weights of 1 change no bit of it.
+    weights: Any = jax.lax.optimization_barrier(counted_BT)
     if callable(weigh):
         weights = lambda tokens: counted_BT * weigh(sums_of(tokens))[ids_BT]  # noqa: E731
     elif weigh is not None:
-        weights = counted_BT * weigh[ids_BT]
+        weights = jax.lax.optimization_barrier(counted_BT * weigh[ids_BT])
     total, tokens = loss.weighted_loss(
         cfg,
-        params,
-        hidden_states(cfg, params, batch, dropout_rng),
+        plain,
+        _decoded(cfg, plain, batch, encoded_BLD, dropout_rng),
         batch["decoder_target_tokens"],
         weights,
         z_loss=step_cfg.z_loss,
         label_smoothing=step_cfg.label_smoothing,
         chunk=step_cfg.loss_chunk,
     )
-    return total, sums_of(tokens)
+    found = {} if shared is None else shared.adversary(params, batch, encoded_BLD)
+    return total, sums_of(tokens) | found
 
 
 def per_task(ids_BT: jax.Array, num_tasks: int, values_BT: jax.Array) -> jax.Array:
@@ -182,21 +238,30 @@ def gradients(
     dropout_rng: jax.Array | None,
     frozen: model.Params | None = None,
     weigh: Weigh | None = None,
+    shared: Shared | None = None,
 ) -> tuple[model.Params, Metrics]:
     """Gradient of the mean token loss over the global batch, whatever the microbatches.
 
     The normaliser is the weight of all target tokens of the batch, taken before splitting; the
     microbatches are then summed (T5X normalises each one and sums, which changes the objective).
     The gradient is with respect to `params`; those in `frozen` (`optim.split`) are constants.
-    `weigh` is that of `loss_sum`; a function can be given with one microbatch only.
+    `weigh` and `shared` are those of `loss_sum`; a function can be given as `weigh` with one
+    microbatch only. An adversary's mean loss over the examples of the global batch is added.
     """
+    examples = jnp.float32(1.0)
+    if shared is not None and shared.plan.rooms.adversary.weight:
+        exclude = shared.plan.rooms.adversary.exclude_prefix
+        examples = jnp.maximum(adversary.count(batch["encoder_segment_ids"], exclude), 1.0)
     tokens = jnp.maximum(jnp.sum(batch.get(OBJECTIVE_WEIGHTS, batch["decoder_loss_weights"])), 1.0)
 
     def part(rng: jax.Array | None, rows: Batch) -> tuple[model.Params, Metrics]:
         def objective(params: model.Params) -> tuple[jax.Array, Metrics]:
             whole = optim.merge(params, frozen)
-            total, sums = loss_sum(cfg, step_cfg, num_tasks, whole, rows, rng, weigh)
-            return total / tokens, sums
+            total, sums = loss_sum(cfg, step_cfg, num_tasks, whole, rows, rng, weigh, shared)
+            total = total / tokens
+            if "adversary_loss_sum" in sums:
+                total = total + sums["adversary_loss_sum"] / examples
+            return total, sums
 
         (_, sums), grads = jax.value_and_grad(objective, has_aux=True)(params)
         return grads, sums

@@ -15,6 +15,8 @@ from mtl_jax import patterns
 from mtl_jax.errors import UserError, suggest
 
 STACKED = ("encoder", "decoder")  # subtrees whose "layers" carry a leading axis
+# Below "sharing": subtrees with a leading axis of entries (`sharing/bank.py`), before the layers'.
+BANKS = ("task", "cluster", "inventory", "experts")
 OPTIMIZERS = ("adafactor", "adamw")
 ONLY_OF = dict.fromkeys(("beta1", "beta2", "epsilon"), "adamw") | dict.fromkeys(
     ("momentum", "decay_rate", "min_dim_size_to_factor", "multiply_by_parameter_scale"), "adafactor"
@@ -334,7 +336,8 @@ def scale_by_adafactor(
         step = a max(1e-3, RMS(X)) U                                 (section 8)
 
     Vectors and small matrices keep V = b V + (1 - b) (G^2 + 1e-30) and take U = G / sqrt(V)
-    (algorithm 5). Each layer of a stack is a matrix or vector of its own. The numbers are those of
+    (algorithm 5). Each layer of a stack, and each task's of a bank, is a matrix or vector of its
+    own. The numbers are those of
     `optax.adafactor` on single layers; axes are explicit here, where a `vmap` of it over the layers
     made XLA's CPU backend move every matrix several times.
 
@@ -389,8 +392,10 @@ def _unzip(function: Any, params: Any, *others: Any) -> list[Any]:
 
 
 def _stacked(path: Any) -> int:
-    """1 for a parameter with a leading axis of layers, else 0."""
+    """How many leading axes of a parameter only stack: entries of a bank, then layers."""
     keys = [entry.key for entry in path]
+    if keys[0] == "sharing":
+        return int(keys[1] in BANKS) + int("layers" in keys)
     return int(len(keys) > 1 and keys[0] in STACKED and keys[1] == "layers")
 
 

@@ -3,6 +3,7 @@
 Free of TensorFlow. Letters: R rows, L encoder and T decoder tokens of a row.
 """
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,7 @@ COUNTERS = (
 # The last two are maxima, the others sums.
 _MAXIMA = 6
 _DRAWS_AT_ONCE = 1024
+_GOLDEN = 0x9E3779B97F4A7C15  # the golden ratio, as a part of 2**64
 PATIENCE = 4  # batches an example may be passed over while longer ones are placed
 
 
@@ -90,9 +92,11 @@ class TaskDraws:
 class BlockDraws:
     """The tasks of each batch's blocks; those of batch i are a function of (seed, i) alone.
 
-    Systematic sampling: with B blocks a task of share s has floor(B s) or ceil(B s) of them, and
-    B s on average. Tasks of a share of at least 1 / B are in every batch, which methods that
-    compare tasks want. All shards of a stream must agree, so nothing depends on the shard.
+    Systematic sampling: with B blocks a task of share s has floor(B s) or ceil(B s) of them. Tasks
+    of a share of at least 1 / B are in every batch, which methods that compare tasks want. The
+    place where sampling starts moves on by the golden ratio from batch to batch, so that the
+    blocks of n batches are as many as the share says up to a few, not up to the square root of n.
+    All shards of a stream must agree, so nothing depends on the shard.
     """
 
     def __init__(self, shares: Sequence[float], blocks: int, seed: int):
@@ -105,14 +109,13 @@ class BlockDraws:
         """
         self._bounds = np.cumsum(np.asarray(shares, np.float64))[:-1]
         self._blocks = blocks
-        # The shards' keys have the seed first: this one is none of theirs.
-        self._key = np.array([2**64 - 1, seed % 2**64], np.uint64)
+        digest = hashlib.blake2b(f"{seed}/blocks".encode(), digest_size=8).digest()
+        self._start = int.from_bytes(digest, "big")
 
     def __getitem__(self, batch: int) -> list[int]:
         """Returns the number of the task of each block of batch `batch`, in ascending order."""
-        counter = np.array([0, 0, 0, batch], np.uint64)
-        generator = np.random.Generator(np.random.Philox(key=self._key, counter=counter))
-        points = (generator.random() + np.arange(self._blocks)) / self._blocks
+        place = (self._start + batch * _GOLDEN) % 2**64 / 2**64
+        points = (place + np.arange(self._blocks)) / self._blocks
         return np.searchsorted(self._bounds, points, side="right").tolist()
 
 
@@ -121,7 +124,7 @@ def block_shares(rates: Sequence[float], needs: Sequence[float]) -> list[float]:
 
     Args:
         rates: of examples.
-        needs: mean part of a row that an example of each task takes (`Rows.need`): a task of long
+        needs: rows that an example of each task takes (`rows_per_example`): a task of long
             examples fills more rows with as many.
     """
     wanted = np.asarray(rates, np.float64) * np.asarray(needs, np.float64)
@@ -155,11 +158,6 @@ def trim(tokens: np.ndarray, length: int, eos_after_trim: int | None) -> np.ndar
     return tokens
 
 
-def row_need(inputs: int, targets: int, inputs_length: int, targets_length: int) -> float:
-    """The part of a row that an example of these lengths takes, of the side where it takes more."""
-    return max(min(inputs / inputs_length, 1.0), min(targets / targets_length, 1.0))
-
-
 class Rows:
     """The rows of one shard while they fill: R rows of L encoder and T decoder tokens."""
 
@@ -174,7 +172,8 @@ class Rows:
 
     def need(self, example: Example) -> float:
         """Returns the part of a row that the example takes, of the side where it takes more."""
-        return row_need(len(example.inputs), len(example.targets), *self._lengths)
+        inputs_length, targets_length = self._lengths
+        return max(len(example.inputs) / inputs_length, len(example.targets) / targets_length)
 
     def place(self, example: Example) -> bool:
         """Puts the example into the row with the least room that suffices on both sides.
@@ -194,6 +193,11 @@ class Rows:
         else:
             self._free_inputs_R[row] = -1
         return True
+
+    @property
+    def least_filled(self) -> float:
+        """The filled part of the row in use that is filled least."""
+        return min(sum(map(self.need, placed)) for placed in self._placed if placed)
 
     @property
     def full(self) -> bool:
@@ -239,6 +243,19 @@ class Rows:
             "decoder_task_ids": decoder_4RT[3],
             "decoder_loss_weights": (decoder_4RT[2] > 0).astype(np.float32),
         }
+
+
+def rows_per_example(examples: Sequence[Example], inputs_length: int, targets_length: int) -> float:
+    """How much of a row an example takes in the mean, with what packing leaves empty beside it.
+
+    Found by packing the given examples, the longest first as `fill` does; of the row that is filled
+    least, as the last one of few examples, only the part that is used counts.
+    """
+    rows = Rows(len(examples), inputs_length, targets_length, pack=True)
+    for example in sorted(examples, key=rows.need, reverse=True):
+        rows.place(example)
+    used = len(examples) - rows.empty_rows
+    return (used - 1 + rows.least_filled) / len(examples)
 
 
 def fill(

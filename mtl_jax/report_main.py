@@ -1,6 +1,7 @@
 """`mtl-jax report`: the page of a run, or one page that compares several."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from mtl_jax import report
@@ -25,7 +26,8 @@ def main(args: argparse.Namespace) -> int:
             report.require_run(folder)
             print(f"States: {represent.represent(Path(folder), args.examples or 64)}")
     if args.compare:
-        return _compare(args)
+        write_comparison(args.run_dirs, args.output or ".", args.lower_is_better, args.tasks)
+        return 0
     for folder in args.run_dirs:
         page = report.write_report(folder)
         print(report.results_table(read_jsonl(Path(folder) / "results.jsonl")), end="")
@@ -41,15 +43,31 @@ def _check_flags(args: argparse.Namespace) -> None:
         raise UserError("--examples is of --representations: add that, or remove it.")
 
 
-def _compare(args: argparse.Namespace) -> int:
+def write_comparison(
+    run_dirs: Sequence[str | Path],
+    output: str | Path,
+    lower: Sequence[str] = (),
+    tasks: Sequence[str] = (),
+) -> None:
+    """Writes comparison.html, .json and .md of runs into a folder, and prints the table.
+
+    Args:
+      run_dirs: the runs, methods x seeds, and those of single tasks.
+      output: the folder.
+      lower: metrics that count mistakes.
+      tasks: the two of the trade-off plot; empty: those whose gradients conflict most.
+
+    Raises:
+      UserError: a folder that holds no run, or runs that cannot be compared.
+    """
     from mtl_jax import comparison_html
     from mtl_jax.analysis.comparison import compare
     from mtl_jax.analysis.files import write_json
 
-    for folder in args.run_dirs:
-        report.require_run(folder)
-    comparison = compare(args.run_dirs, lower=args.lower_is_better, tasks=args.tasks)
-    folder = Path(args.output or ".")
+    for run_dir in run_dirs:
+        report.require_run(run_dir)
+    comparison = compare(run_dirs, lower=lower, tasks=tasks)
+    folder = Path(output)
     markdown = comparison_html.markdown(comparison)
     with storage_errors("write the comparison", folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -58,4 +76,3 @@ def _compare(args: argparse.Namespace) -> int:
     write_json(folder / "comparison.json", comparison.as_json())
     print(markdown, end="")
     print(f"Comparison: {folder / 'comparison.html'}")
-    return 0

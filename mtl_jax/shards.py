@@ -39,6 +39,7 @@ class Snapshot:
     positions: dict[str, tuple[int, int]]
     waiting: tuple[Waiting, ...]
     counters: np.ndarray
+    owned_drawn: tuple[int, ...]
     names: Mapping[int, str]
 
     def as_json(self) -> dict[str, Any]:
@@ -51,6 +52,7 @@ class Snapshot:
             "draw": self.draw,
             "tasks": tasks,
             "waiting": _waiting_as_json(self.waiting, self.names),
+            "owned_drawn": list(self.owned_drawn),
             "counters": {name: row for name, row in counts if any(row)},
         }
 
@@ -131,6 +133,9 @@ class Shard:
         # Of an example; with blocks, of the tasks of a batch.
         self._draw = 0
         self._counters_NC = np.zeros((len(stream.tasks), len(COUNTERS)), np.int64)
+        # With blocks of several tasks: the draws within an owner's, and how many were made.
+        self._owned_draws: dict[int, TaskDraws] = {}
+        self._owned_drawn = [0] * len(stream.owned)
 
     def _cursor(self, number: int) -> _TaskCursor:
         if number not in self._cursors:
@@ -141,6 +146,7 @@ class Shard:
     def set_rates(self, rates: Sequence[float]) -> None:
         """Draws examples by other rates from here on."""
         self._draws = TaskDraws(rates, self._stream.config.seed, self.index)
+        self._owned_draws.clear()
 
     def _drawn(self) -> Iterator[Example]:
         while True:
@@ -150,13 +156,25 @@ class Shard:
             yield example
 
     def _drawn_of(self, number: int) -> Iterator[Example]:
+        """Examples of the tasks of one owner, by their rates."""
+        owned = self._stream.owned[number]
+        if number not in self._owned_draws:
+            of_all = list(self._stream.rates.values())
+            rates = [of_all[task] for task in owned]
+            # Another generator for each owner: these numbers are no shard's.
+            key = self.index + (number + 1) * 2**32
+            self._owned_draws[number] = TaskDraws(rates, self._stream.config.seed, key)
         while True:
-            yield self._next_of(number)
+            task = owned[self._owned_draws[number][self._owned_drawn[number]]]
+            example = self._next_of(task)
+            self._owned_drawn[number] += 1
+            yield example
 
     def _next_of(self, number: int) -> Example:
         """The next example of a task, trimmed and counted."""
         stream = self._stream
-        limits = stream.config.inputs_length, stream.config.targets_length
+        room = stream.config.inputs_length - len(stream.prompt)
+        limits = room, stream.config.targets_length
         cursor = self._cursor(number)
         tokens = cursor.next(self._counters_NC[number])
         lengths = len(tokens[0]), len(tokens[1])
@@ -167,6 +185,8 @@ class Shard:
             else side_tokens
             for side, side_tokens, limit in zip(SIDES, tokens, limits, strict=True)
         )
+        if len(stream.prompt):
+            inputs = np.concatenate([stream.prompt, inputs])
         return Example(stream.task_ids[cursor.name], inputs, targets)
 
     def next_rows(self) -> dict[str, np.ndarray]:
@@ -177,21 +197,21 @@ class Shard:
         return rows.arrays()
 
     def _next_blocks(self) -> dict[str, np.ndarray]:
-        """Rows in blocks of one task each; those of a task are filled together."""
+        """Rows in blocks of one owner's tasks each; those of an owner are filled together."""
         numbers = self._stream.block_draws[self._draw]
         each = self._rows // len(numbers)
         blocks = []
         for number in dict.fromkeys(numbers):
-            name = self._stream.tasks[number]
-            mine = self._stream.task_ids[name]
-            waiting = [w for w in self._waiting if w.example.task_id == mine]
-            others = [w for w in self._waiting if w.example.task_id != mine]
-            count_of_task = numbers.count(number)
-            rows, left = self._filled(each * count_of_task, waiting, self._drawn_of(number))
+            tasks = [self._stream.tasks[task] for task in self._stream.owned[number]]
+            mine = {self._stream.task_ids[name] for name in tasks}
+            waiting = [w for w in self._waiting if w.example.task_id in mine]
+            others = [w for w in self._waiting if w.example.task_id not in mine]
+            parts = numbers.count(number)
+            rows, left = self._filled(each * parts, waiting, self._drawn_of(number))
             self._waiting = others + left
             arrays = rows.arrays()
-            for part in range(count_of_task):
-                blocks.append({key: x[part::count_of_task] for key, x in arrays.items()})
+            for part in range(parts):
+                blocks.append({key: x[part::parts] for key, x in arrays.items()})
         self._draw += 1
         return interleave(blocks)
 
@@ -212,6 +232,7 @@ class Shard:
             positions={c.name: (c.epoch, c.offset) for _, c in sorted(self._cursors.items())},
             waiting=tuple(self._waiting),
             counters=self._counters_NC.copy(),
+            owned_drawn=tuple(self._owned_drawn),
             names=self._stream.names_by_id,
         )
 
@@ -223,6 +244,7 @@ class Shard:
         for name, place in saved["tasks"].items():
             self._cursor(numbers[name]).move_to(int(place["epoch"]), int(place["offset"]))
         self._waiting = _waiting_from_json(saved["waiting"], self._stream.task_ids)
+        self._owned_drawn = list(saved.get("owned_drawn", self._owned_drawn))
         self._counters_NC[:] = 0
         for name, row in saved["counters"].items():
             self._counters_NC[numbers[name]] = row

@@ -3,6 +3,7 @@
 Letters: N tasks (index 0 is padding).
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.struct
@@ -10,11 +11,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_jax import model, objective, optim
+from mtl_jax import model, objective, optim, patterns
 from mtl_jax.balance.balancer import Balancer
 from mtl_jax.balanced import Problem
 from mtl_jax.model_config import T5Config
-from mtl_jax.objective import Batch, Metrics, StepConfig
+from mtl_jax.objective import Batch, Metrics, Shared, StepConfig
+from mtl_jax.sharing import tree
+from mtl_jax.sharing.adversary import strength
+from mtl_jax.sharing.plan import SharingPlan
 
 
 @flax.struct.dataclass
@@ -23,7 +27,7 @@ class TrainState:
 
     Attributes:
       step: int32 scalar, updates done so far.
-      params: float32 tree of `model.init`.
+      params: float32 tree of `model.init`, or of `sharing.tree.init`.
       opt_state: of the optax chain.
       balance: of the method that shares the update among tasks; empty: none.
     """
@@ -39,9 +43,22 @@ def init_state(
     optimizer: optax.GradientTransformation,
     rng: jax.Array,
     balancer: Balancer | None = None,
+    plan: SharingPlan | None = None,
+    given: Mapping[str, jax.Array] | None = None,
 ) -> TrainState:
-    """A fresh state; trace it under jit with output shardings to build it in place."""
-    params = model.init(cfg, rng)
+    """A fresh state; trace it under jit with output shardings to build it in place.
+
+    Args:
+      cfg: the model that was asked for; with a plan its `base`.
+      optimizer: the update rule.
+      rng: a PRNG key.
+      balancer: how the tasks share the update; None: the mean over all tokens.
+      plan: how they share parameters; None: all of them.
+      given: parameters of `cfg` that are there already, by path; the others are made.
+    """
+    params = patterns.as_tree(patterns.by_path(model.init(cfg, rng)) | dict(given or {}))
+    if plan is not None:
+        params = tree.init(plan, jax.random.fold_in(rng, 1), params)
     balance = () if balancer is None else balancer.init()
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), balance)
 
@@ -57,11 +74,12 @@ def train_step(
     reference: model.Params | None = None,
     *,
     balancer: Balancer | None = None,
+    plan: SharingPlan | None = None,
 ) -> tuple[TrainState, Metrics]:
     """One update.
 
     Args:
-      cfg: the model.
+      cfg: the model; with a plan its `model_config`.
       step_cfg: the objective.
       optimizer_cfg: the update rule.
       num_tasks: number of real tasks.
@@ -70,12 +88,16 @@ def train_step(
       rng: the run's PRNG key; the step number is folded in, so a restart draws the same numbers.
       reference: parameters of a frozen model, for a method that compares with it.
       balancer: how the tasks share the update; None: the mean over all tokens.
+      plan: how they share parameters; then a microbatch holds one task, or tasks to which the plan
+        gives the same parameters.
 
     Returns:
       (the state after, metrics: scalars "loss" (mean over tokens, z-loss included), "z_loss",
       "grad_norm" (of what is trained, before clipping), "learning_rate", the per-task sums of
-      `objective.loss_sum`, and with a balancer what `Problem.gradients` tells).
+      `objective.loss_sum`, with a balancer what `Problem.gradients` tells, and with a plan
+      "sharing/..." scalars).
     """
+    shared = None if plan is None or plan.empty else Shared(plan, state.step)
     use_dropout = cfg.dropout_rate > 0.0
     dropout_rng = jax.random.fold_in(rng, state.step) if use_dropout else None
     trained, frozen = optim.split(optimizer_cfg, state.params)
@@ -83,16 +105,23 @@ def train_step(
     told: Metrics = {}
     if balancer is None:
         grads, sums = objective.gradients(
-            cfg, step_cfg, num_tasks, trained, batch, dropout_rng, frozen
+            *(cfg, step_cfg, num_tasks, trained, batch, dropout_rng, frozen), shared=shared
         )
     else:
-        problem = Problem(cfg, step_cfg, balancer, frozen, dropout_rng)
+        problem = Problem(cfg, step_cfg, balancer, frozen, dropout_rng, shared)
         batch = problem.prepared(batch)
         seen = problem.observations(batch, state.step, rng, reference)
         grads, sums, balance, told = problem.gradients(trained, batch, balance, seen)
+    if shared is not None:
+        grads, more = _with_penalty(shared, grads, trained, frozen, sums)
+        told |= more
     optimizer = optim.make_optimizer(optimizer_cfg)
     updates, opt_state = optimizer.update(grads, state.opt_state, trained)
-    trained = optax.apply_updates(trained, updates)
+    before, trained = trained, optax.apply_updates(trained, updates)
+    if shared is not None:
+        present_N = sums["task_tokens"][1:] > 0
+        trained = tree.keep_absent(shared.plan, before, trained, present_N)
+        opt_state = tree.keep_absent(shared.plan, state.opt_state, opt_state, present_N)
     if problem is not None:
         balance = problem.observed(trained, batch, balance, seen, sums)
     tokens = jnp.maximum(jnp.sum(sums["task_tokens"]), 1.0)
@@ -105,3 +134,23 @@ def train_step(
     told |= {name: sums[name] for name in ("task_loss_sum", "task_tokens", "task_correct")}
     params = optim.merge(trained, frozen)
     return TrainState(state.step + 1, params, opt_state, balance), metrics | told
+
+
+def _with_penalty(
+    shared: Shared, grads: model.Params, trained: model.Params, frozen: model.Params, sums: Metrics
+) -> tuple[model.Params, Metrics]:
+    """The gradient with that of what sharing adds to the loss, and what to log of it."""
+    rooms, told = shared.plan.rooms, {}
+    if rooms.sharing.soft_penalty or rooms.experts.balance_weight:
+        present_N = sums["task_tokens"][1:] > 0
+        value, more = jax.value_and_grad(
+            lambda trained: tree.penalty(shared.plan, optim.merge(trained, frozen), present_N)
+        )(trained)
+        grads = jax.tree.map(jnp.add, grads, more)
+        told["sharing/penalty"] = value
+    if rooms.adversary.weight:
+        examples = jnp.maximum(sums["adversary_examples"], 1.0)
+        told["sharing/adversary_loss"] = sums["adversary_loss_sum"] / examples
+        told["sharing/adversary_accuracy"] = sums["adversary_correct"] / examples
+        told["sharing/adversary_strength"] = strength(rooms.adversary, shared.step)
+    return grads, told

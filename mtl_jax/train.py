@@ -13,11 +13,13 @@ from typing import Any
 
 import jax
 
-from mtl_jax import build, config, data, dry_run, report, sharding, step, tokenizer
+from mtl_jax import build, config, data, dry_run, report, sharding, starting, step, tokenizer
 from mtl_jax.checkpoint import Checkpointer
 from mtl_jax.errors import UserError
 from mtl_jax.logbook import Logbook
 from mtl_jax.run_directory import model_info, versions
+from mtl_jax.sharing import tree
+from mtl_jax.sharing.embeddings import prompt_ids
 
 
 def main(args: argparse.Namespace) -> int:
@@ -52,7 +54,11 @@ def train(session: build.Session, argv: list[str]) -> None:
         tasks = data.task_names(cfg.data.mixture)
         task_ids = run.task_ids(tasks)
         stream = closing.enter_context(
-            data.TrainStream(cfg.data, task_ids, jax.process_index(), jax.process_count())
+            data.TrainStream(
+                *(cfg.data, task_ids, jax.process_index(), jax.process_count()),
+                {name: session.block_of(name) for name in tasks},
+                prompt_ids(session.sharing),
+            )
         )
         with ledger("eval"):
             eval_tasks = session.eval_tasks()
@@ -64,7 +70,7 @@ def train(session: build.Session, argv: list[str]) -> None:
             meta = session.meta(task_ids, session.origin(checkpointer))
             restored = continued(session, checkpointer, stream)
         with ledger("start"):
-            state = build.start_state(session) if restored is None else restored
+            state = starting.start_state(session) if restored is None else restored
         first = int(state.step)  # of a fresh run, too, where Run.restore_from gives its number
         if first >= cfg.run.steps > 0:
             say(f"Run.steps = {cfg.run.steps:,} are done: {run.path} is at step {first:,}.")
@@ -149,8 +155,11 @@ def next_batch(
 def compile_step(session: build.Session) -> Any:
     """The train step, compiled once from shapes; other shapes are errors, not a second compile."""
     cfg, everywhere = session.config, sharding.replicated(session.mesh)
-    fixed = cfg.model, cfg.step, cfg.optimizer, len(session.balancer.names)
-    update = functools.partial(step.train_step, *fixed, balancer=session.balancer)
+    tasks = len(session.balancer.of_task) - 1
+    fixed = session.sharing.model_config, cfg.step, cfg.optimizer, tasks
+    update = functools.partial(
+        step.train_step, *fixed, balancer=session.balancer, plan=session.sharing
+    )
     jitted = jax.jit(update, donate_argnums=0, out_shardings=(session.shardings, everywhere))
     key = jax.eval_shape(lambda: jax.random.key(0))
     rng = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=everywhere)
@@ -171,6 +180,7 @@ def describe_run(session: build.Session, argv: list[str]) -> None:
     params, shardings = session.abstract_state.params, session.shardings.params
     run.write_text("model-info.txt", model_info(params, session.axes, shardings))
     run.write_text("mixture.txt", build.mixture_text(session))
+    run.write_json("method.json", session.method_info())
     for name, content in build.tokenizer_files(session).items():
         run.write_bytes(f"{tokenizer.FOLDER}/{name}", content)
     cfg = session.config.data
@@ -183,6 +193,9 @@ def describe_run(session: build.Session, argv: list[str]) -> None:
     )
     if session.config.balance.method or session.balancer.every:
         say(f"Balance: {session.balance_cost}")
+    if not session.sharing.empty:
+        for line in tree.report(session.sharing, params).split("\n"):
+            say(f"Sharing: {line}")
 
 
 def say(line: str) -> None:

@@ -277,6 +277,7 @@ def test_matching_values(value, annotation, expected):
 
 
 SHIPPED = config.package_gin_folder()
+COMPARISONS = ("methods.gin",)  # for `mtl-jax compare`
 
 
 @pytest.mark.parametrize("path", sorted(SHIPPED.rglob("*.gin")), ids=lambda path: path.name)
@@ -286,16 +287,25 @@ def test_shipped_files_are_short_and_say_what_they_are(path):
     assert len([line for line in lines if line and not line.startswith("#")]) <= 25
     if path.parent.name == "runs":
         name = path.relative_to(SHIPPED).as_posix()
-        assert f"mtl-jax train --gin_file=gin/{name}" in path.read_text()
+        command = "compare" if path.name in COMPARISONS else "train"
+        assert f"mtl-jax {command} --gin_file=gin/{name}" in path.read_text()
 
 
-@pytest.mark.parametrize("path", sorted(SHIPPED.glob("runs/*.gin")), ids=lambda path: path.name)
+TRAINED = [path for path in sorted(SHIPPED.glob("runs/*.gin")) if path.name not in COMPARISONS]
+
+
+@pytest.mark.parametrize("path", TRAINED, ids=lambda path: path.name)
 def test_shipped_runs_resolve_from_anywhere_and_round_trip(path, write):
     # Fine-tuning wants to be told what to start from.
     needed = ["Run.restore_from=runs/pretrain"] if path.name == "finetune.gin" else []
     resolved = config.load([f"runs/{path.name}"], needed)
     again = config.load([write("config.gin", resolved.text)])
     assert again == resolved
+
+
+def test_a_comparison_is_told_from_a_run():
+    with pytest.raises(UserError, match="the room Compare is for `mtl-jax compare`"):
+        config.load(["runs/methods.gin"])
 
 
 def test_all_rooms_have_their_place():

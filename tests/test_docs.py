@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -113,3 +114,124 @@ def test_checkpoints(family, tmp_path):
     for name in ("model_type", "eos_token_id", "initializer_factor", "transformers_version"):
         assert configs[0][name] == configs[1][name]
     assert (tmp_path / "my_t5_tuned" / "tokenizer_config.json").exists()
+
+
+@pytest.mark.slow
+def test_add_a_method(tmp_path):
+    output = play(DOCS / "add_a_method.md", tmp_path)
+    assert "All weights are as computed by hand." in output
+    found = {name: float(value) for name, value in re.findall(r'"([\w/]+)": ([\d.]+)', output)}
+    assert found.keys() == {
+        "weight/nli", "weight/arithmetic", "effective_share/nli", "effective_share/arithmetic",
+        "geometric_mean",
+    }  # fmt: skip
+    shares = found["effective_share/nli"], found["effective_share/arithmetic"]
+    np.testing.assert_allclose(sum(shares), 1.0, rtol=1e-5)
+    run = tmp_path / "runs" / "geometric_mean"
+    told = json.loads((run / "method.json").read_text())
+    assert told == {"method": "GeometricMean", "options": {"floor": 0.01}}
+    assert (run / "report.html").exists()
+
+
+def own_methods():
+    from mtl_jax.balance.balance_config import BalanceConfig
+    from mtl_jax.balance.method import METHODS
+
+    BalanceConfig()  # registers them
+    own = {n: k for n, k in METHODS.items() if k.__module__.startswith("mtl_jax.balance.")}
+    return dict(sorted(own.items()))
+
+
+def defaults(kind):
+    """Field -> default as Gin writes it."""
+    import dataclasses
+
+    from mtl_jax.config_types import format_value
+
+    instance = kind()
+    return {f.name: format_value(getattr(instance, f.name)) for f in dataclasses.fields(kind)}
+
+
+def test_methods_page_has_every_method_with_its_fields():
+    from mtl_jax.balance.method import GRAM, LOSSES, LOSSES_AFTER, REFERENCE
+
+    page = (DOCS / "methods.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \|", page, re.MULTILINE))
+    sections = dict(re.findall(r"^### (\w+)\n(.*?)(?=^##)", page, re.MULTILINE | re.DOTALL))
+    methods = own_methods()
+    assert sorted(rows) == list(methods)
+    for name, kind in methods.items():
+        sees = "gradients" if GRAM in kind.needs else "losses" if LOSSES in kind.needs else None
+        learns = "observe" in vars(kind)
+        assert rows[name] == (sees or ("past losses" if learns else "nothing"))
+        row = re.search(rf"^\| `{name}` .*", page, re.MULTILINE)[0]
+        assert ("a forward pass after" in row) == (LOSSES_AFTER in kind.needs)
+        assert ("of a reference" in row) == (REFERENCE in kind.needs)
+        stated = dict(re.findall(rf"`{name}\.(\w+) = ([^`]+)`", sections[name]))
+        assert stated == defaults(kind)
+        assert ("No fields" in sections[name]) == (not stated)
+        has_rates = (
+            "It has rates" in sections[name] or "mixture rates for a second" in sections[name]
+        )
+        assert hasattr(kind, "rates") == has_rates
+
+
+def test_methods_page_has_every_field_of_balance():
+    from mtl_jax.balance import balance_config
+
+    page = (DOCS / "methods.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `Balance\.(\w+)` \| `([^`]+)` \| (.*) \|$", page, re.MULTILINE)
+    assert {name: value for name, value, _ in rows} == defaults(balance_config.BalanceConfig)
+    text = {name: what for name, _, what in rows}
+    for field, values in (
+        ("by", balance_config.BY),
+        ("groups", balance_config.GROUPS),
+        ("reduction", balance_config.REDUCTIONS),
+        ("rescale", balance_config.RESCALES),
+    ):
+        default = defaults(balance_config.BalanceConfig)[field]
+        assert all(f"'{value}'" in text[field] + default for value in values)
+    ways = re.findall(r"^\| `'(\w+)'` \|", page, re.MULTILINE)
+    assert ways == list(balance_config.TASK_GRADIENTS)
+
+
+def test_methods_page_names_what_methods_log():
+    """The names are those that the methods themselves give for a batch of two tasks."""
+    import jax
+    import jax.numpy as jnp
+
+    from mtl_jax.balance.method import GRAM, Observations
+
+    page = (DOCS / "methods.md").read_text(encoding="utf-8")
+    logged = page[page.index("## What is logged") : page.index("## Edge cases")]
+    ones, names = jnp.ones(2), ("a", "b")
+    seen = Observations(
+        step=jnp.int32(0), tokens=ones, shares=ones / 2, losses=ones, correct=ones,
+        gram=jnp.eye(2)[None], reference=ones, rng=jax.random.key(0), names=names,
+    )  # fmt: skip
+    for name, kind in own_methods().items():
+        given = {"source": ("a",), "target": ("b",)} if name == "TransferObjective" else {}
+        method = kind(**given)
+        logs = method.weights(method.init(2, 1), seen)[2]
+        for column, value in logs.items():
+            shown = column if jnp.ndim(value) == 0 else f"{column}/TASK"
+            where = "methods of gradients" if GRAM in kind.needs else name
+            assert re.search(rf"`{shown}`[^;:]*\({where}\)", logged), column
+
+
+def test_commands_of_the_methods_page_load(tmp_path, monkeypatch):
+    from mtl_jax import cli, config
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "doremi").mkdir(parents=True)
+    rates = config.rates_text({"embedded_nli_true_or_false": 1.0})
+    (tmp_path / "runs" / "doremi" / "rates.gin").write_text(rates)
+    page = (DOCS / "methods.md").read_text(encoding="utf-8")
+    commands = [code for _, language, code in _BLOCK.findall(page) if language == "sh"]
+    assert len(commands) == 2
+    loaded = [
+        config.load_args(cli.parse(shlex.split(code.replace("\\\n", ""))[1:])) for code in commands
+    ]
+    assert loaded[0].balance.method == "PCGrad"
+    assert loaded[1].mixture.rates == {"embedded_nli_true_or_false": 1.0}
+    assert loaded[1].mixture.name == loaded[1].data.mixture == "reweighted"

@@ -18,8 +18,19 @@ PACKAGE = ROOT / "mtl_jax"
 # (they see everything); pages of plain values and helpers, which import little, come last.
 ORDER = (
     # Entry pages.
-    *("__main__", "cli", "train", "dry_run", "logbook", "build", "tasks_main", "infer"),
-    *("config", "balance_log"),
+    *(
+        "__main__",
+        "cli",
+        "compare",
+        "train",
+        "dry_run",
+        "logbook",
+        "starting",
+        "build",
+        "microbatches",
+    ),
+    *("tasks_main", "report_main", "represent", "infer"),
+    *("compare_config", "config", "balance_log"),
     # TensorFlow is allowed here, and so in the entry pages.
     *("tasks", "data", "shards", "eval_reading", "mixtures", "reading", "sources", "packing"),
     *("vocabulary", "quiet_tensorflow"),
@@ -32,16 +43,30 @@ ORDER = (
     *("loss", "incremental", "model", "layers"),
     *("attention", "kernels", "optim"),
     # What a run leaves behind.
-    *("checkpoint", "restore", "report", "report_html", "charts", "tables", "run_directory"),
+    *("checkpoint", "restore", "report", "comparison_html", "report_html", "multitask_html"),
+    *("heat_map", "charts", "analysis", "tables", "run_directory"),
     *("storage", "tokenizer"),
     *("flops", "task_info", "data_config", "generate_config", "infer_config", "model_config"),
-    *("run_config", "config_types", "patterns", "errors"),
+    *("run_config", "config_types", "patterns", "user_modules", "errors"),
 )
 MAY_LOAD_TENSORFLOW = {
     *("tasks", "data", "shards", "eval_reading", "mixtures", "reading", "sources", "vocabulary"),
     "quiet_tensorflow",
 }
-ENTRY_PAGES = {"__main__", "cli", "train", "dry_run", "logbook", "build", "tasks_main", "infer"}
+ENTRY_PAGES = {
+    *(
+        "__main__",
+        "cli",
+        "compare",
+        "train",
+        "dry_run",
+        "logbook",
+        "starting",
+        "build",
+        "microbatches",
+    ),
+    *("tasks_main", "report_main", "represent", "infer"),
+}
 MOST_LINES = 500
 MOST_FUNCTION_LINES = 80
 

@@ -10,7 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtl_jax import build, checkpoint, config, model, objective, optim, patterns, restore, step
+from mtl_jax import (
+    build,
+    checkpoint,
+    config,
+    model,
+    objective,
+    optim,
+    patterns,
+    restore,
+    starting,
+    step,
+)
 from mtl_jax.checkpoint import Checkpointer
 from mtl_jax.errors import UserError
 from mtl_jax.run_config import RunConfig
@@ -48,7 +59,7 @@ def opened(directory, source, changes=None, values=(), **run):
 
 def started(session):
     """Its first state: (parameters by path, state)."""
-    state = build.start_state(session)
+    state = starting.start_state(session)
     assert jax.tree.map(lambda x: x.sharding, state) == session.shardings
     assert jax.tree.structure(state) == jax.tree.structure(session.abstract_state)
     return jax.device_get(patterns.by_path(state.params)), state
@@ -72,7 +83,7 @@ def test_parameters_alone_start_a_run_with_a_fresh_optimizer(source, tmp_path, c
 def test_a_whole_state_is_asked_of_parameters_alone(source, tmp_path):
     session = opened(tmp_path, source[0], restore_optimizer="keep")
     with pytest.raises(UserError, match=r"holds parameters but no optimizer state.*= 'drop'"):
-        build.start_state(session)
+        starting.start_state(session)
 
 
 def test_a_parameter_that_is_missing_is_told_apart_from_a_missing_optimizer(source, tmp_path):
@@ -142,7 +153,7 @@ def test_another_model_is_taken_as_far_as_its_tensors_fit(source, tmp_path, caps
     folder, params = source
     changes = {"num_encoder_layers": 3, "mlp_activations": ("relu", "linear"), "vocab_size": 64}
     with pytest.raises(UserError, match=r"another architecture: its T5.mlp_activations is"):
-        build.start_state(opened(tmp_path, folder, changes))
+        starting.start_state(opened(tmp_path, folder, changes))
     pairs = [("encoder/layers/.*", None)]
     capsys.readouterr()
     found, _ = started(opened(tmp_path, folder, changes, restore_map=pairs))
@@ -155,7 +166,7 @@ def test_another_model_is_taken_as_far_as_its_tensors_fit(source, tmp_path, caps
             np.testing.assert_array_equal(leaf, params[path])
 
     with pytest.raises(UserError) as caught:
-        build.start_state(opened(tmp_path, folder, changes, restore_map=[(".*norm.*", "")]))
+        starting.start_state(opened(tmp_path, folder, changes, restore_map=[(".*norm.*", "")]))
     assert "Tensor encoder/layers/attention/key/kernel is 2x16x16 float32" in str(caught.value)
     assert "is 3x16x16 float32 in this run (no pattern of Run.restore_map" in str(caught.value)
 
@@ -178,7 +189,7 @@ def test_another_model_is_taken_as_far_as_its_tensors_fit(source, tmp_path, caps
 def test_sources_that_do_not_fit(source, tmp_path, pairs, message):
     session = opened(tmp_path, source[0], restore_map=pairs)
     with pytest.raises(UserError, match=message):
-        build.start_state(session)
+        starting.start_state(session)
 
 
 @pytest.mark.parametrize(
@@ -245,7 +256,7 @@ def test_what_is_no_checkpoint_of_ours(tmp_path, kind, words):
     folder = foreign(tmp_path / "model", kind)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError) as caught:
-        build.start_state(opened(tmp_path, folder))
+        starting.start_state(opened(tmp_path, folder))
     assert all(word in str(caught.value) for word in [*words, str(folder)])
     assert sorted(tmp_path.rglob("*")) == before
 

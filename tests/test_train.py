@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from mtl_jax import build, cli, config, data, step
+from mtl_jax import build, cli, config, data, starting, step
 from mtl_jax.checkpoint import Checkpointer
 from mtl_jax.errors import UserError
 
@@ -297,7 +297,7 @@ def test_dry_run_prints_and_writes_nothing(tmp_path, capsys):
 def test_restore_from_takes_parameters_or_the_whole_state(finished, tmp_path, what):
     changes = {"Run__restore_from": finished[0], "Run__restore_optimizer": what}
     given = [word.removeprefix("--gin.") for word in flags(tmp_path / "new", **changes)[1:]]
-    state = build.start_state(build.build(config.load([], given)))
+    state = starting.start_state(build.build(config.load([], given)))
     saved = restored(finished[0], STEPS)
     assert_same(state.params, saved.params)
     if what == "keep":

@@ -1,9 +1,9 @@
 """The values that say how tasks share one update."""
 
 import dataclasses
-import importlib
 from collections.abc import Sequence
 
+from mtl_jax import user_modules
 from mtl_jax.balance.method import GRAM, METHODS, find
 from mtl_jax.errors import UserError, suggest
 
@@ -88,20 +88,8 @@ class BalanceConfig:
                 raise UserError(
                     f"Balance.{field} must be at least {least}, got {getattr(self, field)}."
                 )
-        self.load_modules()
+        user_modules.load("Balance.modules", ("mtl_jax.balance.methods", *self.modules))
         self._check_options()
-
-    def load_modules(self) -> None:
-        """Imports `modules`, and the project's own methods.
-
-        Raises:
-          UserError: a module that cannot be imported.
-        """
-        for name in ("mtl_jax.balance.methods", *self.modules):
-            try:
-                importlib.import_module(name)
-            except ImportError as error:
-                raise UserError(f"Balance.modules: cannot import {name!r}: {error}.") from error
 
     @property
     def sees_gradients(self) -> bool:

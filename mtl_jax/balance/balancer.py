@@ -75,6 +75,18 @@ class Balancer:
         """Whether the microbatches must each hold one task."""
         return self.every > 0 and self.cfg.task_gradients != "vmap"
 
+    def slots_bytes(self, parameter_bytes: int) -> int:
+        """Bytes on one device for gradients of single tasks; 0 where none are made.
+
+        Args:
+          parameter_bytes: of the trained parameters on one device.
+        """
+        if not self.every:
+            return 0
+        if self.cfg.task_gradients == "sketch":
+            return 4 * self.cfg.sketch_size * len(self.names) * self.grouping.size
+        return len(self.names) * parameter_bytes
+
     def init(self) -> BalanceState | tuple[()]:
         """The state before the first step; empty where there is no method."""
         if self.method is None:
@@ -179,28 +191,24 @@ def describe_cost(balancer: Balancer, parameter_bytes: int) -> str:
     name = cfg.method or "plain"
     if balancer.every == 0:
         return f"{name}: {_loss_side_cost(balancer)}"
-    how = cfg.task_gradients
-    memory = {
-        "microbatch": count * parameter_bytes,
-        "vmap": count * parameter_bytes,
-        "sketch": 4 * cfg.sketch_size * count * balancer.grouping.size,
-    }[how]
     passes = {
         "microbatch": "one backward pass over microbatches of one task each, about 1.1-1.4 x",
         "vmap": f"a backward pass for each of {count} tasks, about {(1 + 2 * count) / 3:.1f} x",
         "sketch": "two passes over microbatches of one task each, about 2 x",
-    }[how]
+    }[cfg.task_gradients]
     often = "" if balancer.every == 1 else f" at every {balancer.every}th step"
-    kept = f"{memory / 2**20:,.1f} MiB a device for {count} tasks' gradients"
-    return f"{name}: {passes} the time of a plain step{often}; {kept}"
+    kept = balancer.slots_bytes(parameter_bytes) / 2**20
+    return (
+        f"{name}: {passes} the time of a plain step{often}; {kept:,.1f} MiB a device for "
+        f"{count} tasks' gradients"
+    )
 
 
 def _loss_side_cost(balancer: Balancer) -> str:
-    extra = sum(balancer.needs(need) for need in (LOSSES_AFTER, REFERENCE))
-    if not extra:
-        return "the time of a plain step" + (
-            ", and a forward pass where there are microbatches or Step.loss_chunk"
-            if balancer.needs(LOSSES)
-            else ""
-        )
-    return f"about {1 + extra / 3:.2f} x the time of a plain step ({extra} more forward pass)"
+    more = sum(map(balancer.needs, (LOSSES_AFTER, REFERENCE)))
+    words = (
+        f"about {1 + more / 3:.2f} x the time of a plain step" if more else "a plain step's time"
+    )
+    if balancer.needs(LOSSES):
+        words += "; a forward pass more where there are microbatches or Step.loss_chunk"
+    return words

@@ -31,7 +31,7 @@ def main(args: argparse.Namespace) -> None:
         )
     # Arrays stay with numpy; a GPU is not to be taken for this.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    source = open_source(args.source, args.step, t5x_options(args))
+    source = open_source(args.source, args.step, t5x_options(args), args.task)
     for note in source.notes:
         print(f"mtl-jax convert: note: {note}.", file=sys.stderr)
     target = Path(args.target).expanduser()
@@ -43,6 +43,12 @@ def main(args: argparse.Namespace) -> None:
         dtype=args.dtype,
         max_shard_bytes=parse_size(args.max_shard_size),
     )
+    if source.prompt and args.to == "hf":
+        first, last = source.prompt[0], source.prompt[-1]
+        notes.append(
+            f"the model was trained with a prompt: put the token ids {first} to {last} in front of "
+            "every input"
+        )
     for note in notes:
         print(f"mtl-jax convert: note: {note}.", file=sys.stderr)
     count = sum(math.prod(shape) for shape in tensors(source.config).values())

@@ -155,8 +155,13 @@ def from_ours(
       (the content, notes on what transformers will compute otherwise).
 
     Raises:
-      UserError: the model's activations have no name there.
+      UserError: the model's activations have no name there, or it has adapters.
     """
+    if cfg.adapter_dim:
+        raise UserError(
+            f"T5.adapter_dim = {cfg.adapter_dim}: Hugging Face's T5 has no adapters. Train with "
+            "Lora instead, which becomes part of the kernels, or convert --to mtl_jax."
+        )
     config = dict(original or {})
     kind = config.get("model_type", "t5")
     if (kind == "umt5") != cfg.relpos_per_layer:

@@ -6,20 +6,33 @@ disk differs, because Orbax itself would hold whole stacks of layers in memory.
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from mtl_jax import tokenizer
+from mtl_jax import model, patterns, tokenizer
 from mtl_jax.checkpoint import Checkpointer, locate
 from mtl_jax.config_types import format_value
 from mtl_jax.errors import UserError
-from mtl_jax.interop.source import Source, TensorPath, check_tensors, tensors, written
+from mtl_jax.interop.source import (
+    Source,
+    TensorPath,
+    by_path,
+    check_tensors,
+    tensors,
+    written,
+)
 from mtl_jax.interop.stored import blocks, read_tensorstore, rows_of_block
 from mtl_jax.model_config import T5Config
+from mtl_jax.sharing import tree
+from mtl_jax.sharing.embeddings import prompt_ids
+from mtl_jax.sharing.plan import SharingPlan, from_description
 
 GIN_FILE = "model.gin"
 # How a run computes, not what: these stay the user's choice.
@@ -29,13 +42,23 @@ _CACHE_BYTES = 1 << 28
 
 
 class NativeSource(Source):
-    """One step of a training run, or a converted checkpoint."""
+    """One step of a training run, or a converted checkpoint.
 
-    def __init__(self, path: Path, step: int | None = None):
+    Where tasks have parameters of their own, it is the plain T5 of one of them.
+    """
+
+    def __init__(self, path: Path, step: int | None = None, task: str | None = None):
         """Opens the step that `path` or `step` names, by default the newest.
 
+        Args:
+          path: a run directory, its checkpoints or one of them.
+          step: which of them.
+          task: where tasks have parameters of their own: whose; for a task that the model was not
+            trained on its cluster, or "*" for the mean of all.
+
         Raises:
-          UserError: no such checkpoint, or its tensors are not those of its own description.
+          UserError: no such checkpoint, its tensors are not those of its own description, or a task
+            is missing, unknown, or without parameters of its own.
         """
         folder, named = locate(path)
         if step is not None and named is not None and step != named:
@@ -46,7 +69,10 @@ class NativeSource(Source):
             self.step = checkpointer.latest() or 0 if chosen is None else chosen
             self._folder = checkpointer.directory / str(self.step) / "state"
             self.config = _config(meta, self._folder.parent)
-        wanted = {"/".join(path): shape for path, shape in tensors(self.config).items()}
+        self._shapes: Mapping[TensorPath, tuple[int, ...]] = tensors(self.config)
+        self.prompt = tuple(meta.get("prompt", ()))
+        self._share(meta, path, task)
+        wanted = {"/".join(path): shape for path, shape in self._shapes.items()}
         found = {name: self._stored_shape(tuple(name.split("/"))) for name in wanted}
         check_tensors(self._folder.parent, wanted, found, "its own description")
         self.documents = dict(meta.get("source", {}).get("documents", {}))
@@ -54,8 +80,45 @@ class NativeSource(Source):
         self.description = f"mtl_jax checkpoint of step {self.step}"
         self._arrays: dict[TensorPath, Any] = {}
 
+    def _share(self, meta: dict[str, Any], path: Path, task: str | None) -> None:
+        """Takes in how tasks share parameters, and whose are to be read."""
+        self._plan: SharingPlan | None = None
+        self._task = 0
+        if "sharing" not in meta:
+            if task is not None:
+                raise UserError(
+                    f"{path} has the same parameters for all tasks: leave out the task {task!r}."
+                )
+            return
+        plan = self._plan = from_description(meta["sharing"], self.config)
+        if task is None and plan.by_task:
+            raise UserError(
+                f"{path} has parameters of tasks: say whose are meant (--task, Infer.task, task=). "
+                f"{plan.choices}"
+            )
+        self._task = 0 if task is None else plan.task_id(task)
+        whole = jax.eval_shape(
+            lambda rng: tree.init(plan, rng, model.init(plan.base, rng)), jax.random.key(0)
+        )
+        self._shapes = {keys: leaf.shape for keys, leaf in by_path(whole).items()}
+        self.config = plan.model_config
+        self.prompt = prompt_ids(plan)
+
+    @functools.cached_property
+    def _plain(self) -> Mapping[TensorPath, np.ndarray]:
+        """The tensors of the task's plain T5; the whole model is in memory for this."""
+        assert self._plan is not None
+        leaves = {"/".join(path): jnp.asarray(self._stored(path, None)) for path in self._shapes}
+        made = tree.plain(self._plan, patterns.as_tree(leaves), self._task)
+        return by_path(jax.device_get(made))
+
     def read(self, path: TensorPath, layer: int | None) -> np.ndarray:
         """See `Source.read`."""
+        if self._plan is None:
+            return self._stored(path, layer)
+        return self._plain[path] if layer is None else self._plain[path][layer]
+
+    def _stored(self, path: TensorPath, layer: int | None) -> np.ndarray:
         try:
             array = self._array(path)
             return read_tensorstore(array if layer is None else array[layer])
@@ -71,7 +134,7 @@ class NativeSource(Source):
             return tuple(self._opened(path, cache_bytes=0).shape)
         except ValueError as error:
             raise UserError(
-                f"{self._folder}: tensor {'/'.join(path)} ({written(tensors(self.config)[path])}) "
+                f"{self._folder}: tensor {'/'.join(path)} ({written(self._shapes[path])}) "
                 f"cannot be opened, its files are damaged or missing ({str(error)[:200]})."
             ) from error
 
@@ -202,11 +265,13 @@ def write(source: Source, folder: Path) -> None:
         for key in path[:-1]:
             node = node.setdefault(key, {})
         node[path[-1]] = _Streamed(source, path, shape)
-    meta = {
+    meta: dict[str, Any] = {
         "model": dataclasses.asdict(source.config),
         "task_ids": {},
         "source": {"description": source.description, "documents": dict(source.documents)},
     }
+    if source.prompt:
+        meta["prompt"] = list(source.prompt)
     with contextlib.closing(manager):
         manager.save(
             0,

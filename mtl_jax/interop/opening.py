@@ -68,7 +68,10 @@ def _is_step(path: Path) -> bool:
 
 
 def open_source(
-    path: str | Path, step: int | None = None, t5x_options: Mapping[str, Any] | None = None
+    path: str | Path,
+    step: int | None = None,
+    t5x_options: Mapping[str, Any] | None = None,
+    task: str | None = None,
 ) -> Source:
     """Opens a checkpoint of any format and checks all names, shapes and sizes; reads no tensor.
 
@@ -76,6 +79,7 @@ def open_source(
       path: see `detect`.
       step: which checkpoint of a run; None: the newest, or the one that the path names.
       t5x_options: keyword arguments of `T5xSource`, used for such a checkpoint alone.
+      task: of a run whose tasks have parameters of their own: whose; "*": the mean of all.
 
     Raises:
       UserError: no checkpoint, or a damaged or foreign one.
@@ -83,7 +87,9 @@ def open_source(
     path = Path(path).expanduser()
     kind = detect(path)
     if kind == "mtl_jax":
-        return NativeSource(path, step)
+        return NativeSource(path, step, task)
+    if task is not None:
+        raise UserError(f"{path} is {FORMATS[kind]}, which has no parameters of tasks.")
     if step is not None:
         raise UserError(f"{path} is {FORMATS[kind]}, which has no steps to choose from.")
     return HfSource(path) if kind == "hf" else T5xSource(path, **(t5x_options or {}))

@@ -32,6 +32,7 @@ class Source(abc.ABC):
       documents: contents of Hugging Face's `config.json` and `generation_config.json`, by name,
         where the checkpoint is from there.
       notes: what the user should know of how the checkpoint was understood.
+      prompt: token ids in front of every input, whose vectors were trained (`Prompt`).
     """
 
     config: T5Config
@@ -40,6 +41,7 @@ class Source(abc.ABC):
     tokenizer_folder: Path
     documents: Mapping[str, Any] = {}
     notes: Sequence[str] = ()
+    prompt: Sequence[int] = ()
 
     @abc.abstractmethod
     def read(self, path: TensorPath, layer: int | None) -> np.ndarray:

@@ -1,0 +1,60 @@
+"""What a run starts from: fresh parameters, or those of a checkpoint, renamed or taken in part."""
+
+import sys
+from typing import Any
+
+import jax
+
+from mtl_jax import build, patterns, restore, step
+from mtl_jax.checkpoint import Checkpointer
+
+
+def start_state(session: build.Session) -> step.TrainState:
+    """Fresh parameters, or those of `Run.restore_from`; says on standard error which.
+
+    Raises:
+      UserError: the checkpoint is not there, or does not fit this run or `Run.restore_map`.
+    """
+    cfg = session.config.run
+    if not cfg.restore_from:
+        return session.fresh_state()
+    checkpointer, number = build.open_checkpoint(cfg.restore_from)
+    with checkpointer:
+        number = checkpointer.latest() if number is None else number
+        meta = checkpointer.meta(number)
+        place = f"{cfg.restore_from} at step {number:,}"
+        # Sharing may start from a plain T5; all else is taken as it is.
+        plain = "sharing" not in meta and not session.sharing.empty
+        if not cfg.restore_map:
+            session.check_model(meta, cfg.restore_from, plain=plain)
+        if cfg.restore_optimizer == "keep":
+            state = checkpointer.restore(number, session.abstract_state)[0]
+            print(f"Restored parameters and optimizer state from {place}", file=sys.stderr)
+            return state
+        wanted = session.abstract_plain if plain else session.abstract_state.params
+        if cfg.restore_map:
+            given = _mapped(session, checkpointer, number, place, wanted)
+        else:
+            params, _ = checkpointer.restore_parameters(number, wanted)
+            print(f"Restored the parameters from {place}; a fresh optimizer", file=sys.stderr)
+            given = patterns.by_path(params)
+        return session.shared_state(given) if plain else session.fresh_state(given)
+
+
+def _mapped(
+    session: build.Session, checkpointer: Checkpointer, number: int | None, place: str, params: Any
+) -> dict[str, jax.Array]:
+    """The parameters that `Run.restore_map` takes from a checkpoint, by path."""
+    wanted = patterns.by_path(params)
+    stored = checkpointer.parameters(number)
+    made = restore.plan(session.config.run.restore_map, wanted)
+    restore.check(made, wanted, stored, place)
+    given: dict[str, jax.Array] = {}
+    for part in restore.rounds(made):
+        sought = patterns.as_tree({source: wanted[path] for source, path in part.items()})
+        found, _ = checkpointer.restore_parameters(number, sought, some=True)
+        given |= {part[source]: array for source, array in patterns.by_path(found).items()}
+    print(restore.summary(made, wanted, stored, place), file=sys.stderr)
+    for difference in session.model_differences(checkpointer.meta(number)):
+        print(f"  another architecture: its {difference}", file=sys.stderr)
+    return given

@@ -1,0 +1,314 @@
+"""Whole runs with parameters of tasks: training, resuming, evaluation, loading, conversion."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import mtl_jax
+from mtl_jax import build, cli, config, interop, patterns, starting
+from mtl_jax.checkpoint import Checkpointer
+from mtl_jax.errors import UserError
+from mtl_jax.evaluate import Evaluator
+from mtl_jax.interop.source import by_path, tensors
+from mtl_jax.sharing import tree
+
+STEPS = 6
+TASKS = ("tiny_copy", "tiny_first", "tiny_reverse")
+VALUES = {
+    "Data.task_modules": "('tiny_tasks',)",
+    "Data.mixture": "tiny",
+    "Data.inputs_length": 16,
+    "Data.targets_length": 12,
+    "Data.batch_size": 24,
+    "T5.vocab_size": 272,
+    "T5.emb_dim": 16,
+    "T5.num_heads": 2,
+    "T5.head_dim": 8,
+    "T5.mlp_dim": 16,
+    "T5.num_encoder_layers": 2,
+    "T5.num_decoder_layers": 2,
+    "T5.dropout_rate": 0.1,
+    "Optimizer.name": "adamw",
+    "Optimizer.schedule": "constant",
+    "Optimizer.learning_rate": 0.01,
+    "Run.steps": STEPS,
+    "Run.log_every": 1,
+    "Checkpoint.every": 3,
+    "Checkpoint.keep": 5,
+    "Eval.tasks": "('tiny_copy', 'tiny_first')",
+    "Eval.inputs_length": 16,
+    "Eval.targets_length": 8,
+    "Eval.max_decode_length": 4,
+    "Eval.batch_size": 8,
+}
+SHARING = {
+    "Sharing.levels": "(('decoder', 'task', 1, 2),)",
+    "Sharing.copies": "(('encoder/encoder_norm/scale', 'cluster'),)",
+    "Sharing.clusters": "{'tiny_first': 'words', '*': 'letters'}",
+    "Sharing.soft_penalty": 0.01,
+    "Lora.rank": 2,
+    "Lora.owner": "inventory",
+    "Lora.inventory": 3,
+    "Prompt.length": 2,
+    "Prompt.owners": "('shared', 'task')",
+    "Prompt.combine": "concat",
+    "Experts.number": 3,
+    "Experts.stacks": "('encoder',)",
+    "Experts.balance_weight": 0.01,
+    "Adversary.weight": 0.1,
+    "Adversary.exclude_prefix": 4,
+}
+
+
+def flags(directory, command="train", **changes):
+    given = {name.replace("__", "."): value for name, value in changes.items()}
+    values = VALUES | given | {"Run.directory": directory}
+    return [command, *(f"--gin.{name}={value}" for name, value in values.items())]
+
+
+def session_of(directory, **changes):
+    given = flags(directory, **changes)[1:]
+    return build.build(config.load([], [flag.removeprefix("--gin.") for flag in given]))
+
+
+def as_flags(values):
+    return {name.replace(".", "__"): value for name, value in values.items()}
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(autouse=True)
+def _compile_cache_as_before():
+    before = jax.config.jax_compilation_cache_dir
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run with nearly every structure."""
+    directory = tmp_path_factory.mktemp("runs") / "finished"
+    assert cli.main(flags(directory, **as_flags(SHARING))) == 0
+    return directory
+
+
+@pytest.fixture(scope="module")
+def plain_of_copy(finished):
+    """(configuration, parameters) of tiny_copy, from the checkpoint by Orbax and `tree.plain`."""
+    session = build.build(config.load([str(finished / "config.gin")]))
+    with Checkpointer(finished / "checkpoints", read_only=True) as checkpointer:
+        state, _, meta = checkpointer.restore(STEPS, session.abstract_state)
+    ids = meta["task_ids"]
+    plan = session.sharing
+    assert {name: plan.task_id(name) for name in TASKS} == ids
+    return plan, jax.device_get(tree.plain(plan, state.params, ids["tiny_copy"]))
+
+
+def test_a_run_learns_and_tells_what_is_shared(finished):
+    rows = [row for row in lines(finished / "metrics.jsonl") if "loss" in row]
+    assert len(rows) == STEPS
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    for name in ("penalty", "adversary_loss", "adversary_accuracy", "adversary_strength"):
+        assert all(np.isfinite(row[f"sharing/{name}"]) for row in rows), name
+    np.testing.assert_allclose(rows[0]["sharing/adversary_strength"], 0.1, rtol=1e-6)
+    assert (
+        "sharing/task/layers_1_to_2/decoder/layers/mlp/wo/kernel"
+        in (finished / "model-info.txt").read_text()
+    )
+    assert {row["task"] for row in lines(finished / "results.jsonl")} == {"tiny_copy", "tiny_first"}
+
+
+@pytest.mark.slow
+def test_a_run_continues_bit_by_bit(finished, tmp_path, capsys):
+    directory = tmp_path / "broken"
+    assert cli.main(flags(directory, **as_flags(SHARING), Run__steps=3)) == 0
+    assert "Sharing: 3 tasks: " in capsys.readouterr().err
+    assert cli.main(flags(directory, **as_flags(SHARING))) == 0
+    whole, broken = (
+        [row["loss"] for row in lines(folder / "metrics.jsonl") if "loss" in row]
+        for folder in (finished, directory)
+    )
+    assert whole == broken
+
+
+def test_another_plan_is_refused(finished):
+    changed = as_flags(SHARING) | {"Lora__rank": 4}
+    with pytest.raises(UserError, match=r"has Lora\.rank = 2, this run 4"):
+        session_of(finished, **changed).check_model(_meta(finished), "RUN")
+    with pytest.raises(UserError, match="has parameters of tasks"):
+        session_of(finished).check_model(_meta(finished), "RUN")
+    # What is of training alone may change.
+    changed = as_flags(SHARING) | {"Sharing__soft_penalty": 0.5, "Adversary__weight": 1.0}
+    session_of(finished, **changed).check_model(_meta(finished), "RUN")
+
+
+def _meta(directory):
+    with Checkpointer(directory / "checkpoints", read_only=True) as checkpointer:
+        return checkpointer.meta()
+
+
+def test_a_source_gives_the_plain_t5_of_a_task(finished, plain_of_copy):
+    plan, plain = plain_of_copy
+    source = interop.open_source(finished, task="tiny_copy")
+    assert source.config == plan.model_config
+    assert tuple(source.prompt) == (268, 269, 270, 271)
+    for path in tensors(source.config):
+        layered = "layers" in path
+        found = source.read(path, 1 if layered else None)
+        expected = by_path(plain)[path]
+        # One einsum or the other way to compile it.
+        np.testing.assert_allclose(
+            found, expected[1] if layered else expected, rtol=1e-5, atol=1e-6
+        )
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [(None, "say whose are meant"), ("tiny_cop", "Did you mean 'tiny_copy'")],
+)
+def test_a_task_must_be_named(finished, task, message):
+    with pytest.raises(UserError, match=message):
+        interop.open_source(finished, task=task)
+
+
+def test_loading_converting_and_loading_again_give_the_same(finished, tmp_path, capsys):
+    texts, targets = ["abcab", "bab"], ["ab", "ba"]
+    loaded = mtl_jax.load(finished, task="tiny_copy")
+    expected = loaded.score(texts, targets)
+    other = mtl_jax.load(finished, task="tiny_first").score(texts, targets)
+    assert np.abs(expected - other).max() > 1e-3
+    assert len(loaded.generate(texts, max_length=3)) == 2
+    for kind in ("mtl_jax", "hf"):
+        folder = tmp_path / kind
+        given = ["convert", str(finished), str(folder), "--to", kind, "--task", "tiny_copy"]
+        assert not cli.main(given)
+        if kind == "hf":
+            assert "put the token ids 268 to 271 in front" in capsys.readouterr().err
+            continue  # its prompt is not said in Hugging Face's files
+        np.testing.assert_allclose(mtl_jax.load(folder).score(texts, targets), expected, rtol=1e-5)
+    source, again = interop.open_source(finished, task="tiny_copy"), interop.open_source(folder)
+    for path in tensors(source.config):
+        layer = 0 if "layers" in path else None
+        np.testing.assert_array_equal(again.read(path, layer), source.read(path, layer))
+    with pytest.raises(UserError, match="no parameters of tasks"):
+        mtl_jax.load(folder, task="tiny_copy")
+
+
+def test_infer_with_a_task(finished, tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"inputs": "abc", "targets": "ab"}\n')
+    given = ["infer", f"--checkpoint={finished}", f"--input={tmp_path / 'in.jsonl'}"]
+    given += [f"--output={tmp_path / 'out.jsonl'}", "--mode=score"]
+    assert cli.main([*given, "--gin.Infer.task=tiny_copy"]) == 0
+    score = lines(tmp_path / "out.jsonl")[0]["score"]
+    expected = mtl_jax.load(finished, task="tiny_copy").score(["abc"], ["ab"])
+    np.testing.assert_allclose(score, expected[0], rtol=1e-5)
+
+
+def test_evaluation_of_a_task_is_that_of_its_plain_t5(finished, plain_of_copy, monkeypatch):
+    """Predictions and scores of the evaluator with the plan, and of one without on `plain`."""
+    plan, plain = plain_of_copy
+    session = build.build(config.load([str(finished / "config.gin")]))
+    tasks = session.eval_tasks()
+    params, _ = build.load_params(session, str(finished))
+    found = session.evaluator().run(params, tasks, 0, None)
+    alone = Evaluator(plan.model_config, session.placement, session.config.eval)
+    for task in tasks:
+        for example in task.examples:
+            example.inputs = [268, 269, 270, 271, *example.inputs]
+    own = alone.run(plain, [task for task in tasks if task.name == "tiny_copy"], 0, None)
+    mine = [row for row in found if row["task"] == "tiny_copy"]
+    assert [(row["metric"], row["value"]) for row in mine] == [
+        (row["metric"], row["value"]) for row in own
+    ]
+
+
+def test_tasks_that_are_not_in_the_batch_stay(tmp_path):
+    """One block of one task in a batch: after a step only that task's entries have moved."""
+    changes = {
+        "Sharing__levels": "(('decoder', 'task', 1, 2),)",
+        "Data__blocks": 1,
+        "Optimizer__weight_decay": 0.1,
+        "Run__steps": 3,
+        "Checkpoint__every": 1,
+        "Eval__tasks": "()",
+    }
+    assert cli.main(flags(tmp_path / "run", **changes)) == 0
+    session = session_of(tmp_path / "run", **changes)
+    states = [starting.start_state(session)]
+    with Checkpointer(tmp_path / "run" / "checkpoints", read_only=True) as checkpointer:
+        states += [checkpointer.restore(n, session.abstract_state)[0] for n in (1, 2, 3)]
+    rows = [row for row in lines(tmp_path / "run" / "metrics.jsonl") if "loss" in row]
+    path = "sharing/task/layers_1_to_2/decoder/layers/mlp/wo/kernel"
+    for before, after, row in zip(states, states[1:], rows, strict=False):
+        (present,) = [name for name in TASKS if f"loss/{name}" in row]
+        old, new = (np.asarray(patterns.by_path(s.params)[path]) for s in (before, after))
+        for name in TASKS:
+            entry = session.sharing.task_id(name) - 1
+            assert np.array_equal(old[entry], new[entry]) == (name != present), name
+
+
+def test_sharing_starts_from_a_plain_checkpoint(tmp_path):
+    assert cli.main(flags(tmp_path / "plain", Run__steps=2, Eval__tasks="()")) == 0
+    changes = as_flags(SHARING) | {"Run__restore_from": str(tmp_path / "plain")}
+    session = session_of(tmp_path / "shared", **changes)
+    state = starting.start_state(session)
+    base = interop.open_source(tmp_path / "plain")
+    found = patterns.by_path(state.params)
+    task_layer = found["sharing/task/layers_1_to_2/decoder/layers/self_attention/query/kernel"]
+    expected = base.read(("decoder", "layers", "self_attention", "query", "kernel"), 1)
+    for entry in range(3):
+        np.testing.assert_array_equal(task_layer[entry, 0], expected)
+    experts = found["sharing/experts/copies/encoder/layers/mlp/wi_0/kernel"]
+    for expert in range(3):
+        np.testing.assert_array_equal(
+            experts[expert, 0], base.read(("encoder", "layers", "mlp", "wi_0", "kernel"), 0)
+        )
+    table = base.read(("token_embedder", "embedding"), None)
+    rows = np.asarray(found["sharing/shared/prompt/embedding"])
+    assert all(np.any(np.all(row[None] == table, axis=1)) for row in rows)
+    assert int(state.step) == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"Prompt.length": 14}, r"set it to at least 273"),
+        ({"T5.logits_via_embedding": True, "Prompt.length": 1}, r"T5\.logits_via_embedding"),
+        (
+            {"Adversary.weight": 1.0, "Balance.method": "PCGrad"},
+            r"Adversary\.weight and PCGrad do not go together",
+        ),
+        (
+            {
+                "Sharing.levels": "(('decoder', 'task', 1, 2),)",
+                "Balance.method": "PCGrad",
+                "Balance.groups": "layer",
+            },
+            r"Balance\.groups = 'layer' needs all layers",
+        ),
+        ({"Lora.owner": "cluster"}, r"needs Lora\.rank"),
+    ],
+)
+def test_what_does_not_go_together_is_told_before_anything_is_written(tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        session_of(tmp_path / "run", **as_flags(changes))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_gradients_of_single_tasks_with_parameters_of_tasks(tmp_path):
+    """PCGrad over layers of tasks: the gradients of what tasks own never conflict."""
+    changes = {
+        "Sharing__levels": "(('decoder', 'task', 1, 2),)",
+        "Lora__rank": 2,
+        "Balance__method": "PCGrad",
+        "Run__steps": 2,
+        "Eval__tasks": "()",
+    }
+    assert cli.main(flags(tmp_path / "run", **changes)) == 0
+    rows = [row for row in lines(tmp_path / "run" / "metrics.jsonl") if "loss" in row]
+    assert all(np.isfinite(row["loss"]) for row in rows)
