@@ -74,7 +74,7 @@ def plan_cells(given: Comparison, root: Path) -> list[Cell]:
     """All runs, seed by seed, so that a plan that is cut short still has every arm.
 
     Raises:
-      UserError: the shared configuration names no mixture.
+      UserError: the shared configuration names no mixture, or a task is not evaluated.
     """
     plan, shared = given.plan, given.shared
     arms = {name: (shared, values) for name, values in plan.arms.items()}
@@ -100,7 +100,14 @@ def _tasks(base: config.Config) -> tuple[list[str], list[str]]:
     if not name:
         raise UserError("Compare: set Data.mixture or Mixture.name, to say what is trained on.")
     evaluated = [task for given in data.expand(base.eval.tasks) for task in data.task_names(given)]
-    return data.task_names(name), list(dict.fromkeys(evaluated))
+    tasks = data.task_names(name)
+    for task in tasks:
+        if task not in evaluated:
+            raise UserError(
+                f"Compare.single_tasks: {task!r} is trained on but not evaluated: add it to "
+                "Eval.tasks, or set Compare.single_tasks = False."
+            )
+    return tasks, list(dict.fromkeys(evaluated))
 
 
 def _alone(task: str, evaluated: Sequence[str]) -> tuple[str, ...]:

@@ -93,6 +93,11 @@ class Logbook:
         with self._ledger("step"):
             values = jax.device_get(metrics)
         self._balance_log.check(number, values)
+        if values.get("mixed_sharing", False):
+            raise UserError(
+                f"A microbatch of step {number} holds tasks with different parameters (Sharing, "
+                "Lora, ...): leave Data.blocks and Step.microbatches to the run."
+            )
         if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
             raise UserError(self._not_finite(number, values))
         self._fetched.append((number, values))

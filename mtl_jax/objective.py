@@ -72,6 +72,16 @@ class Shared:
         """The parameters of the plain T5 of the batch's task."""
         return tree.plain(self.plan, params, jnp.max(batch["decoder_task_ids"]))
 
+    def mixed(self, batch: Batch, microbatches: int) -> jax.Array:
+        """Whether a microbatch holds tasks that the plan gives different parameters."""
+        if not self.plan.by_task:
+            return jnp.bool_(False)
+        alike = (0, *(self.plan.evaluation_id(name) for name in self.plan.names))
+        ids_BT = jnp.asarray(alike, jnp.int32)[batch["decoder_task_ids"]]
+        ids_MRT = split_microbatches({"ids": ids_BT}, microbatches)["ids"]
+        highest_M11 = jnp.max(ids_MRT, axis=(1, 2), keepdims=True)
+        return jnp.any((ids_MRT > 0) & (ids_MRT != highest_M11))
+
     def adversary(self, params: model.Params, batch: Batch, encoded_BLD: jax.Array) -> Metrics:
         """What the adversary finds in a microbatch; empty: there is none."""
         cfg = self.plan.rooms.adversary

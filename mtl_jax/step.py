@@ -95,7 +95,7 @@ def train_step(
       (the state after, metrics: scalars "loss" (mean over tokens, z-loss included), "z_loss",
       "grad_norm" (of what is trained, before clipping), "learning_rate", the per-task sums of
       `objective.loss_sum`, with a balancer what `Problem.gradients` tells, and with a plan
-      "sharing/..." scalars).
+      "sharing/..." scalars and "mixed_sharing", whether a microbatch held what it must not).
     """
     shared = None if plan is None or plan.empty else Shared(plan, state.step)
     use_dropout = cfg.dropout_rate > 0.0
@@ -114,7 +114,7 @@ def train_step(
         grads, sums, balance, told = problem.gradients(trained, batch, balance, seen)
     if shared is not None:
         grads, more = _with_penalty(shared, grads, trained, frozen, sums)
-        told |= more
+        told |= more | {"mixed_sharing": shared.mixed(batch, step_cfg.microbatches)}
     optimizer = optim.make_optimizer(optimizer_cfg)
     updates, opt_state = optimizer.update(grads, state.opt_state, trained)
     before, trained = trained, optax.apply_updates(trained, updates)

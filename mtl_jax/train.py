@@ -113,9 +113,9 @@ def train(session: build.Session, argv: list[str]) -> None:
             if eval_tasks and (last or due(number, cfg.eval.every)):
                 book.flush()
                 scores = book.write_results(number, evaluate(number))
-                if cfg.balance.follow_rates and not last:
+                if cfg.balance.follow_rates and due(number, cfg.eval.every):
                     batch = stream.by_rates(session.rates(state), batch)
-                    ahead = next_batch(stream, mesh)
+                    ahead = ahead if last else next_batch(stream, mesh)
             if last or due(number, cfg.checkpoint.every):
                 book.flush()  # a loss that is not finite must stop the run before it is saved
                 with ledger("checkpoint"):

@@ -3,11 +3,13 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import sharing_plans as plans
 
 import mtl_jax
-from mtl_jax import build, cli, config, interop, patterns, starting
+from mtl_jax import build, cli, config, interop, objective, patterns, starting
 from mtl_jax.checkpoint import Checkpointer
 from mtl_jax.errors import UserError
 from mtl_jax.evaluate import Evaluator
@@ -297,6 +299,25 @@ def test_what_does_not_go_together_is_told_before_anything_is_written(tmp_path, 
     with pytest.raises(UserError, match=message):
         session_of(tmp_path / "run", **as_flags(changes))
     assert not (tmp_path / "run").exists()
+
+
+def test_microbatches_of_several_tasks_are_told():
+    """By tasks, two of a row are too many; by clusters, two of one cluster are not."""
+    ids = np.zeros((4, 3), np.int32)
+    ids[0::2], ids[1::2, :2] = 2, 1  # microbatches take every second row
+    mixed = ids.copy()
+    mixed[2, 1] = 3
+
+    def told(name, ids):
+        shared = objective.Shared(plans.plan(name), jnp.int32(0))
+        return bool(shared.mixed({"decoder_task_ids": ids}, 2))
+
+    assert not told("lora", ids)
+    assert told("lora", mixed)
+    assert not told("lora_cluster", mixed)  # b and c are of one cluster
+    mixed[2, 1] = 1
+    assert told("lora_cluster", mixed)
+    assert not told("lora_shared", mixed)
 
 
 @pytest.mark.slow
