@@ -357,3 +357,18 @@ def test_losses_are_known_before_the_weights_and_after_the_update(parts):
     np.testing.assert_allclose(metrics["balance/seen"], before, rtol=1e-5)
     np.testing.assert_allclose(state.balance.method, np.stack([before, after]), rtol=1e-5)
     np.testing.assert_allclose(metrics["balance_weight"][0], before / np.sum(before), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["PCGrad", "DWA"])
+def test_an_absent_task_is_as_if_there_were_none(name):
+    """Three tasks without the third are two tasks, in weights and in the update."""
+    rows = batch(tasks=(1, 2, 1, 2))
+    found, expected = (
+        gradients_of(balancer(name, names=names), rows) for names in (NAMES, NAMES[:2])
+    )
+    np.testing.assert_allclose(
+        found[3]["balance_weight"][:, :2], expected[3]["balance_weight"], rtol=1e-5
+    )
+    np.testing.assert_array_equal(found[3]["balance_weight"][:, 2], 0.0)
+    for a, b in zip(jax.tree.leaves(found[0]), jax.tree.leaves(expected[0]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
