@@ -19,7 +19,14 @@ class BalanceLog:
     """Sums up the steps between two lines of metrics.jsonl."""
 
     def __init__(
-        self, folder: Path, names: Sequence[str], groups: Sequence[str], weighted: bool, first: int
+        self,
+        folder: Path,
+        names: Sequence[str],
+        groups: Sequence[str],
+        weighted: bool,
+        first: int,
+        *,
+        primary: bool = True,
     ):
         """Drops what an earlier start wrote after step `first`.
 
@@ -29,10 +36,13 @@ class BalanceLog:
           groups: names of the groups of parameters.
           weighted: a method sets weights, so that they are worth a column.
           first: the step that the run continues from.
+          primary: False in all but one process of a job; those write nothing.
         """
         self._path = folder / "gradients.jsonl"
         self._names, self._groups, self._weighted = list(names), list(groups), weighted
-        report.truncate_jsonl(self._path, first)
+        self._primary = primary
+        if primary:
+            report.truncate_jsonl(self._path, first)
 
     def check(self, number: int, values: Mapping[str, Any]) -> None:
         """Refuses what can only be a mistake in the layout of the batch.
@@ -99,10 +109,8 @@ class BalanceLog:
             "cosine": _plain(_mean(cosines, both)),
             "noise": _plain(_mean(halves_SKN, np.isfinite(halves_SKN))),
         }
-        text = json.dumps(row, ensure_ascii=False) + "\n"
-        writing = storage_errors("write gradients.jsonl", self._path.parent)
-        with writing, self._path.open("a", encoding="utf-8") as file:
-            file.write(text)
+        if self._primary:
+            self._append(json.dumps(row, ensure_ascii=False) + "\n")
         whole_SNN = gram_SKNN.sum(axis=1)
         diagonal_SN = np.diagonal(whole_SNN, axis1=1, axis2=2)
         pairs_SNN = (diagonal_SN[:, :, None] > 0) & (diagonal_SN[:, None, :] > 0)
@@ -111,6 +119,11 @@ class BalanceLog:
         if pairs_SNN.any():
             line["conflict_rate"] = float(np.mean(whole_SNN[pairs_SNN] < 0))
         return line
+
+    def _append(self, text: str) -> None:
+        writing = storage_errors("write gradients.jsonl", self._path.parent)
+        with writing, self._path.open("a", encoding="utf-8") as file:
+            file.write(text)
 
     def _by_task(self, metric: str, values_N: np.ndarray) -> dict[str, float]:
         pairs = zip(self._names, values_N, strict=True)

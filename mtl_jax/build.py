@@ -95,6 +95,11 @@ class Session:
         trained = optim.split(self.config.optimizer, self.abstract_state.params)[0]
         return describe_cost(self.balancer, sharding.bytes_per_device(trained))
 
+    def examples(self) -> dict[str, int | None]:
+        """Examples of each task of the mixture, None where the source does not know."""
+        table = data.mixture_table(self.config.data.mixture, self.config.data.split)
+        return {row.task: row.examples for row in table}
+
     def method_info(self) -> dict[str, Any]:
         """The method that shares the update and the values of its fields, for JSON."""
         method = self.config.method

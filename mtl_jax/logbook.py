@@ -48,14 +48,14 @@ class Logbook:
         self._balance_log = BalanceLog(
             *(session.run.path, balancer.names, balancer.grouping.names),
             *(balancer.method is not None, first),
+            primary=primary,
         )
         self._progress = report.Progress(cfg.run.steps, first)
         self._newest: tuple[int, dict[str, jax.Array], data.Batch] | None = None
         self._fetched: list[tuple[int, dict[str, Any]]] = []
         self._padding: list[tuple[float, float]] = []
         self._drawn: dict[str, int] = {}
-        table = data.mixture_table(cfg.data.mixture, cfg.data.split)
-        self._examples = {row.task: row.examples for row in table}
+        self._examples = session.examples()
         self._since = time.perf_counter()
         self._interrupted = self._interruptions()
         device = jax.devices()[0]

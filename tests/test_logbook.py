@@ -6,6 +6,8 @@ import types
 import numpy as np
 import pytest
 
+from mtl_jax.balance.balance_config import BalanceConfig
+from mtl_jax.balance.balancer import make_balancer
 from mtl_jax.data_config import DataConfig
 from mtl_jax.errors import UserError
 from mtl_jax.logbook import Logbook
@@ -13,6 +15,8 @@ from mtl_jax.model_config import T5Config
 from mtl_jax.report import Ledger
 from mtl_jax.run_config import RunConfig
 from mtl_jax.run_directory import RunDirectory
+from mtl_jax.sharing.plan import make_plan
+from mtl_jax.sharing.sharing_config import Rooms
 
 TASK_IDS = {"first": 1, "second": 2, "never drawn": 3}
 
@@ -25,7 +29,13 @@ def session(tmp_path):
         data=DataConfig(batch_size=4, inputs_length=10, targets_length=5),
         model=T5Config(vocab_size=32, emb_dim=8, num_heads=2, head_dim=4, mlp_dim=16),
     )
-    return types.SimpleNamespace(config=cfg, run=run)
+    return types.SimpleNamespace(
+        config=cfg,
+        run=run,
+        balancer=make_balancer(BalanceConfig(), None, tuple(TASK_IDS), cfg.model),
+        sharing=make_plan(Rooms(), (), cfg.model),
+        examples=lambda: {"first": 10, "second": None, "never drawn": 7},
+    )
 
 
 @pytest.fixture
@@ -43,16 +53,27 @@ def metrics(losses, tokens, correct=(0, 0), **changes):
     return scalars | padded | changes
 
 
+def batch(encoder=0.0, decoder=0.0, drawn=0):
+    """What the logbook reads of a batch: shares of padding, and examples so far."""
+    return types.SimpleNamespace(
+        padding=(encoder, decoder), examples_drawn={"first": drawn, "second": 3}
+    )
+
+
 def lines(session):
     text = (session.run.path / "metrics.jsonl").read_text()
     return [json.loads(line) for line in text.splitlines()]
 
 
 def test_a_line_sums_its_steps_and_weighs_by_tokens(session, book):
-    book.add(1, metrics((6.0, 0.0), (3, 0), (1, 0)), padding=(0.1, 0.2))
-    book.add(2, metrics((2.0, 30.0), (1, 10), (1, 5), z_loss=1.5, grad_norm=4.0), (0.3, 0.4))
+    book.add(1, metrics((6.0, 0.0), (3, 0), (1, 0)), batch(0.1, 0.2))
+    book.add(
+        2,
+        metrics((2.0, 30.0), (1, 10), (1, 5), z_loss=1.5, grad_norm=4.0),
+        batch(0.3, 0.4, drawn=4),
+    )
     assert not lines(session)  # step 2 may still be running
-    book.add(3, metrics((1.0, 1.0), (1, 1)), padding=(1.0, 1.0))
+    book.add(3, metrics((1.0, 1.0), (1, 1)), batch(1.0, 1.0))
     (line,) = lines(session)
     expected = {
         "step": 2,
@@ -70,9 +91,11 @@ def test_a_line_sums_its_steps_and_weighs_by_tokens(session, book):
         "loss/second": 3.0,
         "accuracy/second": 0.5,
         "tokens/second": 10,
+        "epochs/first": 0.4,
     }
     assert {name: line[name] for name in expected} == pytest.approx(expected)
     assert not any("never drawn" in name for name in line)
+    assert "epochs/second" not in line  # nobody knows how many examples it has
     # 4 rows of 10 + 5 positions a step, of which 20 % and 30 % are padding.
     speed = line["tokens_per_second"] * line["seconds_per_step"]
     assert speed == pytest.approx(4 * (10 * 0.8 + 5 * 0.7))
@@ -84,12 +107,12 @@ def test_a_line_sums_its_steps_and_weighs_by_tokens(session, book):
 def test_finish_writes_what_is_left_and_tells_of_cuts(session, capsys):
     book = Logbook(session, TASK_IDS, Ledger(), first=0)
     for number in (1, 2, 3):
-        book.add(number, metrics((number, 0.0), (1, 0)), padding=(0.0, 0.0))
+        book.add(number, metrics((number, 0.0), (1, 0)), batch())
     counters = {"examples": 50, "truncated_inputs": 20, "truncated_targets": 10}
     counters |= {"longest_input": 1234, "longest_target": 4}
     rare = counters | {"examples": 1000, "truncated_inputs": 1, "truncated_targets": 0}
     with book:
-        book.finish({"first": counters, "second": rare})
+        book.finish({"first": counters, "second": rare}, {})
     assert [(line["step"], line["loss"]) for line in lines(session)] == [(2, 1.5), (3, 3.0)]
     assert json.loads((session.run.path / "data.json").read_text())["first"] == counters
     shown = capsys.readouterr().err
@@ -100,7 +123,7 @@ def test_finish_writes_what_is_left_and_tells_of_cuts(session, capsys):
 
 def test_a_cut_in_a_hundred_examples_is_not_worth_a_warning(book, capsys):
     counters = {"examples": 1000, "truncated_inputs": 10, "truncated_targets": 0}
-    book.finish({"first": counters | {"longest_input": 1234, "longest_target": 4}})
+    book.finish({"first": counters | {"longest_input": 1234, "longest_target": 4}}, {})
     assert "warning" not in capsys.readouterr().err
 
 
@@ -120,7 +143,7 @@ def test_a_cut_in_a_hundred_examples_is_not_worth_a_warning(book, capsys):
     ],
 )
 def test_what_is_not_finite_stops_the_run(session, book, values, message):
-    book.add(7, values, padding=(0.0, 0.0))
+    book.add(7, values, batch())
     with pytest.raises(UserError, match=message):
         book.flush()
     assert not lines(session)
@@ -154,7 +177,7 @@ def test_evaluation_becomes_means_over_tasks_without_baselines(session, book):
 def test_a_continued_run_drops_what_lies_behind_its_checkpoint(session):
     with Logbook(session, TASK_IDS, Ledger(), first=0) as book:
         for number in (1, 2, 3, 4, 5):
-            book.add(number, metrics((number, 0.0), (1, 0)), padding=(0.0, 0.0))
+            book.add(number, metrics((number, 0.0), (1, 0)), batch())
     assert [line["step"] for line in lines(session)] == [2, 4]
     with Logbook(session, TASK_IDS, Ledger(), first=3) as book:
         assert book.step == 3
