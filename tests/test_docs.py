@@ -18,8 +18,14 @@ _BLOCK = re.compile(r"((?:[^\n]+\n)+)\n```(\w+)\n(.*?)```", re.DOTALL)
 _FILE = re.compile(r"`([\w.]+\.(?:py|gin|jsonl|tsv))`(?::| says| shows)")
 
 
-def play(page, folder):
-    """Writes the files and runs the commands of a page in the order in which they stand."""
+def section(page, title):
+    """The text of a page below a heading of the second level."""
+    text = page.read_text(encoding="utf-8")
+    return re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)[1]
+
+
+def play(page, folder, title=""):
+    """Writes the files and runs the commands of a page, or of a section, in their order."""
     scripts = Path(sys.executable).parent
     environment = {
         **os.environ,
@@ -29,7 +35,8 @@ def play(page, folder):
     }
     environment.pop("MTL_JAX_DATA", None)
     output = notebook = ""
-    for paragraph, language, code in _BLOCK.findall(page.read_text(encoding="utf-8")):
+    text = section(page, title) if title else page.read_text(encoding="utf-8")
+    for paragraph, language, code in _BLOCK.findall(text):
         if language == "sh":
             done = subprocess.run(
                 ["bash", "-e", "-c", code],
@@ -235,3 +242,196 @@ def test_commands_of_the_methods_page_load(tmp_path, monkeypatch):
     assert loaded[0].balance.method == "PCGrad"
     assert loaded[1].mixture.rates == {"embedded_nli_true_or_false": 1.0}
     assert loaded[1].mixture.name == loaded[1].data.mixture == "reweighted"
+
+
+# ---------------------------------------------------------------------------------------------
+# sharing.md
+# ---------------------------------------------------------------------------------------------
+
+SHARING = DOCS / "sharing.md"
+
+
+def rows_of_sharing(title):
+    """File -> the other cells, of the rows of both tables that begin with one."""
+    text = section(SHARING, title)
+    first, second = (re.split(r"^\| file \|", text, flags=re.MULTILINE))[1:]
+    found = [re.findall(r"^\| `(\w+)` \| (.*) \|$", part, re.MULTILINE) for part in (first, second)]
+    return [{name: rest.split(" | ") for name, rest in part} for part in found]
+
+
+def sharing_rooms():
+    import dataclasses
+
+    from mtl_jax.sharing.sharing_config import Rooms
+
+    return {field.name.capitalize(): field.default_factory for field in dataclasses.fields(Rooms)}
+
+
+def sharing_sections():
+    text = section(SHARING, "The structures")
+    return dict(re.findall(r"^### (\w+)\n(.*?)(?=^### |\Z)", text, re.MULTILINE | re.DOTALL))
+
+
+def test_sharing_page_has_every_structure_and_field():
+    import test_sharing_gin
+
+    chosen, costs = rows_of_sharing("All structures")
+    sections = sharing_sections()
+    assert list(chosen) == list(costs) == list(sections)
+    assert sorted(chosen) == test_sharing_gin.FILES
+    for name, (switches, *_, source) in chosen.items():
+        # The file sets what the row says; the section has the row's source.
+        text = (DOCS.parent / "gin" / "sharing" / f"{name}.gin").read_text(encoding="utf-8")
+        for switch in re.findall(r"`([\w.]+)`", switches):
+            assert re.search(rf"^{re.escape(switch)} = ", text, re.MULTILINE), (name, switch)
+        assert " ".join(source.split()) in " ".join(sections[name].split()), name
+    page = SHARING.read_text(encoding="utf-8")
+    for room, kind in sharing_rooms().items():
+        stated = dict(re.findall(rf"^- `{room}\.(\w+) = ([^`]+)`", page, re.MULTILINE))
+        assert stated == defaults(kind), room
+
+
+def test_sharing_page_names_what_there_is():
+    """Fields that the page mentions exist; what may change on resuming is what the code says."""
+    from mtl_jax.sharing import plan, sharing_config
+
+    page = SHARING.read_text(encoding="utf-8")
+    for room, kind in sharing_rooms().items():
+        mentioned = set(re.findall(rf"\b{room}\.([a-z]\w*)", page))
+        assert mentioned <= defaults(kind).keys(), room
+    text = sharing_sections()["adversary"]
+    assert all(f"'{name}'" in text for name in sharing_config.SCHEDULES)
+    resuming = page[page.index("**Resuming**") : page.index("## With methods")]
+    named = {(r.lower(), f) for r, f in re.findall(r"`([A-Z]\w+)\.(\w+)`", resuming)}
+    adversary = defaults(sharing_config.AdversaryConfig).keys() - {"hidden_dim"}
+    named |= {("adversary", name) for name in adversary}
+    # The patterns of clusters may change; which task is in which, may not.
+    assert named == plan._MAY_CHANGE - {("sharing", "clusters")}
+
+
+def sharing_cases(cfg):
+    """File -> (what Gin sets, the letters of its formula), by the T5's own numbers."""
+    import sharing_plans as plans
+
+    from mtl_jax import model, patterns
+    from mtl_jax.sharing.sharing_config import (
+        AdapterConfig,
+        AdversaryConfig,
+        ExpertsConfig,
+        LoraConfig,
+        PromptConfig,
+        Rooms,
+        SharingConfig,
+    )
+
+    sizes = {k: x.size for k, x in patterns.by_path(model.abstract_params(cfg)).items()}
+    size = lambda start: sum(n for path, n in sizes.items() if path.startswith(start))  # noqa: E731
+    letters = {
+        "N": 3, "E": 3, "D": cfg.emb_dim, "I": cfg.emb_dim, "O": cfg.num_heads * cfg.head_dim,
+        "LE": cfg.num_encoder_layers, "LD": cfg.num_decoder_layers,
+        "S": cfg.num_encoder_layers + cfg.num_decoder_layers,
+        "K": 2 * cfg.num_encoder_layers + 4 * cfg.num_decoder_layers,
+    }  # fmt: skip
+    own = {"clusters": plans.CLUSTERS}
+    last = (("decoder", "cluster", cfg.num_decoder_layers - 1, cfg.num_decoder_layers),)
+    mlps = size("encoder/layers/mlp/") + size("decoder/layers/mlp/")
+    return letters, {
+        "hierarchy": (
+            Rooms(SharingConfig(**own, levels=last)),
+            {"E": 2, "P": size("decoder/layers/") // cfg.num_decoder_layers},
+        ),
+        "soft": (
+            Rooms(SharingConfig(copies=(("decoder/layers/.*", "task"),), soft_penalty=0.1)),
+            {"P": size("decoder/layers/")},
+        ),
+        "lora": (Rooms(lora=LoraConfig(rank=5)), {"R": 5}),
+        "polytropon": (
+            Rooms(lora=LoraConfig(rank=5, owner="inventory", inventory=7)), {"R": 5, "M": 7},
+        ),
+        "adapters": (Rooms(SharingConfig(**own), adapter=AdapterConfig(6, "cluster")),
+                     {"E": 2, "A": 6}),
+        "prompts": (Rooms(prompt=PromptConfig(length=3)), {"L": 3}),
+        "task_embedding": (Rooms(SharingConfig(task_embedding="task")), {}),
+        "experts": (
+            Rooms(experts=ExpertsConfig(number=4, router_dim=9)), {"X": 4, "C": 9, "P": mlps},
+        ),
+        "adversary": (Rooms(adversary=AdversaryConfig(weight=1.0, hidden_dim=11)), {"H": 11}),
+    }  # fmt: skip
+
+
+def test_sharing_page_counts_parameters():
+    """The formulas of the page, computed, against the trees of parameters."""
+    import golden
+    import jax
+    import sharing_plans as plans
+
+    from mtl_jax import model
+    from mtl_jax.sharing import tree
+    from mtl_jax.sharing.plan import make_plan
+
+    # Sizes differ, so that no letter can stand for another.
+    cfg = golden.config("1.1", num_heads=3, num_encoder_layers=2, num_decoder_layers=4)
+    base = model.abstract_params(cfg)
+    count = lambda params: sum(leaf.size for leaf in jax.tree.leaves(params))  # noqa: E731
+    costs = rows_of_sharing("All structures")[1]
+    letters, cases = sharing_cases(cfg)
+    assert cases.keys() == costs.keys()
+    for name, (rooms, more) in cases.items():
+        plan = make_plan(rooms, plans.NAMES, cfg)
+        params = jax.eval_shape(lambda plain, p=plan: tree.init(p, jax.random.key(0), plain), base)
+        formula = re.match("`([^`]+)`", costs[name][0])[1]
+        assert count(params) - count(base) == eval(formula, letters | more), name
+
+
+def test_sharing_page_tells_what_a_token_costs():
+    """The T5 that runs has the size of the one that was asked for, where the page says so."""
+    import golden
+    import sharing_plans as plans
+
+    from mtl_jax.sharing.plan import make_plan
+
+    cfg = golden.config("1.1")
+    costs = rows_of_sharing("All structures")[1]
+    for name, (rooms, _) in sharing_cases(cfg)[1].items():
+        plan = make_plan(rooms, plans.NAMES, cfg)
+        assert costs[name][1].startswith("as plain") == (plan.model_config == cfg), name
+        assert ("`hf`" in costs[name][2]) == (plan.model_config.adapter_dim == 0), name
+
+
+def test_command_of_the_sharing_page_loads(tmp_path, monkeypatch):
+    from mtl_jax import cli, config
+
+    monkeypatch.chdir(tmp_path)
+    (code,) = (
+        x for _, kind, x in _BLOCK.findall(section(SHARING, "All structures")) if kind == "sh"
+    )
+    loaded = config.load_args(cli.parse(shlex.split(code.replace("\\\n", ""))[1:]))
+    assert loaded.lora.rank == 8
+    assert loaded.run.directory == "runs/lora"
+
+
+@pytest.mark.slow
+def test_sharing(tmp_path):
+    """The run of the page; in the family's model a low-rank difference and nothing else is new."""
+    from mtl_jax import interop
+    from mtl_jax.interop.source import tensors
+
+    play(SHARING, tmp_path, "One run")  # its `cmp` compares the scores before and after the export
+    read = lambda name: [json.loads(x) for x in (tmp_path / name).read_text().splitlines()]  # noqa: E731
+    nli, other = (
+        np.array([row["score"] for row in read(f"{name}.jsonl")]) for name in ("nli", "arithmetic")
+    )
+    assert np.abs(nli - other).min() > 1e-3
+    plain = interop.open_source(tmp_path / "runs" / "plain")
+    tuned = interop.open_source(tmp_path / "runs" / "lora", task="nli")
+    exported = interop.open_source(tmp_path / "my_nli")
+    for path in tensors(plain.config):
+        layer = 0 if "layers" in path else None
+        before, after = plain.read(path, layer), tuned.read(path, layer)
+        np.testing.assert_array_equal(exported.read(path, layer), after)
+        if re.fullmatch(r".*attention/(query|value)/kernel", "/".join(path)):
+            values = np.linalg.svd(after - before, compute_uv=False)
+            assert values[3] > 1e-4
+            assert values[4] < 1e-4 * values[0]  # rank 4, but for float32's rounding of the sum
+        else:
+            np.testing.assert_array_equal(before, after)
