@@ -26,6 +26,7 @@ class BalanceLog:
         weighted: bool,
         first: int,
         *,
+        solves: bool = False,
         primary: bool = True,
     ):
         """Drops what an earlier start wrote after step `first`.
@@ -36,11 +37,12 @@ class BalanceLog:
           groups: names of the groups of parameters.
           weighted: a method sets weights, so that they are worth a column.
           first: the step that the run continues from.
+          solves: the method speaks at steps with gradients of single tasks alone.
           primary: False in all but one process of a job; those write nothing.
         """
         self._path = folder / "gradients.jsonl"
         self._names, self._groups, self._weighted = list(names), list(groups), weighted
-        self._primary = primary
+        self._primary, self._solves = primary, solves
         if primary:
             report.truncate_jsonl(self._path, first)
 
@@ -69,6 +71,9 @@ class BalanceLog:
             line |= self._weights(steps)
         logs: dict[str, list[np.ndarray]] = {}
         for values in steps:
+            # Between two solutions of such a method there is nothing to tell.
+            if self._solves and not values.get("gradients_seen", False):
+                continue
             for name, value in values.items():
                 if name.startswith("balance/"):
                     logs.setdefault(name.removeprefix("balance/"), []).append(np.asarray(value))
@@ -141,4 +146,4 @@ def _plain(values: np.ndarray) -> Any:
     """Nested lists for JSON, null for NaN."""
     if values.ndim:
         return [_plain(part) for part in values]
-    return float(f"{values:.6g}") if np.isfinite(values) else None
+    return float(f"{values:.5g}") if np.isfinite(values) else None

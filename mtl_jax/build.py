@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +27,6 @@ from mtl_jax import (
     vocabulary,
 )
 from mtl_jax.balance.balancer import Balancer, describe_cost, make_balancer
-from mtl_jax.balance.method import REFERENCE
 from mtl_jax.checkpoint import Checkpointer, locate
 from mtl_jax.errors import UserError
 from mtl_jax.evaluate import EvalTask, Evaluator
@@ -212,6 +210,12 @@ class Session:
         """
         for difference in self.model_differences(meta):
             raise UserError(f"The checkpoint {place} is of another architecture: its {difference}.")
+        if meta.get("prompt"):
+            raise UserError(
+                f"The checkpoint {place} wants {len(meta['prompt'])} prompt tokens in front of "
+                "every input, which only `mtl-jax infer` and mtl_jax.load put there: use these, or the "
+                "run that it was converted from."
+            )
         if not plain:
             self.sharing.check_description(meta.get("sharing"), place)
 
@@ -271,8 +275,12 @@ def _attention(config: "Config", mesh: Mesh) -> str:
     return ", ".join(dict.fromkeys(chosen))
 
 
-def build(config: "Config") -> Session:
+def build(config: "Config", *, training: bool = True) -> Session:
     """Everything but arrays and files: cheap, and every mistake in the values shows here.
+
+    Args:
+      config: all values.
+      training: whether the session will train; how a batch is divided concerns nobody else.
 
     Raises:
       UserError: a value that does not fit; nothing has been written yet.
@@ -313,7 +321,7 @@ def build(config: "Config") -> Session:
     }
     balancer = make_balancer(config.balance, config.method, owners, config.model, of_slots)
     microbatches.check_sharing(config, balancer, plan)
-    config = microbatches.with_blocks(config, mesh, balancer, plan)
+    config = microbatches.with_blocks(config, mesh, balancer, plan) if training else config
     make = functools.partial(
         step.init_state,
         config.model,
@@ -417,25 +425,6 @@ def _foreign(folder: Path) -> str:
     # A T5X checkpoint: a folder of arrays beside one file that lists them.
     is_t5x = (folder / "checkpoint").is_file() and not any(folder.glob("*.index"))
     return "T5X" if is_t5x else ""
-
-
-def abstract_reference(session: Session) -> model.Params | None:
-    """The parameters of the frozen model that the method compares with, as shapes; None: none."""
-    return session.abstract_state.params if session.balancer.needs(REFERENCE) else None
-
-
-def reference_params(session: Session) -> model.Params | None:
-    """The parameters of the frozen model that the method compares with; None: none is needed.
-
-    Raises:
-      UserError: no checkpoint there, or one of another model.
-    """
-    if not session.balancer.needs(REFERENCE):
-        return None
-    path = session.balancer.method.reference  # type: ignore[union-attr]
-    params, number = load_params(session, path)
-    print(f"Compared with the frozen model of {path} at step {number:,}", file=sys.stderr)
-    return params
 
 
 def load_params(session: Session, path: str) -> tuple[model.Params, int]:

@@ -191,7 +191,7 @@ class Checkpointer:
         """
         step = self._existing(step)
         self._check_tensors(step, _tensors(abstract_state), self._stored(step))
-        return self._read(step, abstract_state, partial=False)
+        return self._read(step, abstract_state)
 
     def restore_parameters(
         self, step: int | None, abstract_parameters: Any, *, some: bool = False
@@ -214,7 +214,7 @@ class Checkpointer:
         stored = self._stored(step)
         names = [name for name in stored if _is_param(name) and (name in wanted or not some)]
         self._check_tensors(step, wanted, {name: stored[name] for name in names})
-        state, _, meta = self._read(step, {"params": abstract_parameters}, partial=True)
+        state, _, meta = self._read(step, {"params": abstract_parameters})
         return state["params"], meta
 
     def parameters(self, step: int | None) -> dict[str, Any]:
@@ -342,6 +342,12 @@ class Checkpointer:
                 f"{place} does not fit this run's model or optimizer: {different}. Use the "
                 "configuration it was trained with, or another run directory."
             )
+        if all(name.startswith("balance/") for name in [*differing, *missing, *extra]):
+            raise UserError(
+                f"{place} was trained with another way to share the update: {different}. Give "
+                "Balance.method and Balance.by the values it was trained with, or start from its "
+                "parameters in a new run directory, by Run.restore_from."
+            )
         raise UserError(
             f"{place} fits this run's model, but not its optimizer: {different}. Give "
             "Optimizer.name, Optimizer.freeze and the like the values it was trained with, or "
@@ -349,9 +355,7 @@ class Checkpointer:
             "Run.restore_optimizer = 'drop'."
         )
 
-    def _read(
-        self, step: int, abstract: Any, *, partial: bool
-    ) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    def _read(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any], dict[str, Any]]:
         abstract = jax.tree.map(_with_sharding, abstract)
         with self._damage_errors(step):
             restored = self._manager.restore(
@@ -360,7 +364,9 @@ class Checkpointer:
                     state=ocp.args.PyTreeRestore(
                         abstract,
                         restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
-                        partial_restore=partial,
+                        # Which tensors there are has been checked. What holds none, as the state
+                        # of no method, older checkpoints need not have.
+                        partial_restore=True,
                     ),
                     data_state=ocp.args.JsonRestore(),
                     meta=ocp.args.JsonRestore(),

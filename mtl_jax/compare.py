@@ -10,9 +10,11 @@ from typing import Any
 import jax
 
 from mtl_jax import build, config, data, report, report_main, train
+from mtl_jax.balance.method import METHODS
 from mtl_jax.compare_config import SINGLE, Comparison, load_args
 from mtl_jax.config import Binding
 from mtl_jax.errors import UserError
+from mtl_jax.sharing.sharing_config import Rooms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +49,10 @@ def main(args: argparse.Namespace) -> int:
     given = load_args(args)
     root = Path(given.base.run.directory)
     cells = plan_cells(given, root)
-    configs = [config.from_bindings(cell.bindings) for cell in cells]
+    configs = [config.from_bindings(cell.bindings, some=True) for cell in cells]
+    for cfg in configs:
+        # Mistakes show before anything is trained, and this leaves nothing behind.
+        build.build(dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, compile_cache=False)))
     print(f"{len(cells)} runs of {given.base.run.steps:,} steps below {root}", file=sys.stderr)
     if args.dry_run:
         for cell, cfg in zip(cells, configs, strict=True):
@@ -58,7 +63,7 @@ def main(args: argparse.Namespace) -> int:
         print(f"==> {number} of {len(cells)}: {cell.folder}", file=sys.stderr, flush=True)
         try:
             run_cell(cfg)
-        except UserError as error:
+        except (UserError, RuntimeError) as error:  # no memory left is a RuntimeError of JAX
             print(f"{cell.folder} failed: {error}", file=sys.stderr)
             failed.append(cell.folder)
     done = [root / cell.folder for cell in cells if cell.folder not in failed]
@@ -80,7 +85,7 @@ def plan_cells(given: Comparison, root: Path) -> list[Cell]:
     arms = {name: (shared, values) for name, values in plan.arms.items()}
     if plan.single_tasks:
         tasks, evaluated = _tasks(given.base)
-        alone = tuple(binding for binding in shared if binding.name != "Mixture")
+        alone = tuple(b for b in shared if not _is_of_several_tasks(b))
         arms |= {f"{SINGLE}-{task}": (alone, _alone(task, evaluated)) for task in tasks}
     cells = []
     for seed in range(plan.first_seed, plan.first_seed + plan.seeds):
@@ -108,6 +113,12 @@ def _tasks(base: config.Config) -> tuple[list[str], list[str]]:
                 "Eval.tasks, or set Compare.single_tasks = False."
             )
     return tasks, list(dict.fromkeys(evaluated))
+
+
+def _is_of_several_tasks(binding: Binding) -> bool:
+    """Whether a binding says how tasks are mixed, or share anything."""
+    of_sharing = (field.name.capitalize() for field in dataclasses.fields(Rooms))
+    return binding.name in ("Mixture", "Balance", *METHODS, *of_sharing)
 
 
 def _alone(task: str, evaluated: Sequence[str]) -> tuple[str, ...]:

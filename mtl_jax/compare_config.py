@@ -74,8 +74,8 @@ def load_args(args: argparse.Namespace) -> Comparison:
     plan = config.resolve(own, {"Compare": CompareConfig}, some=True)["Compare"]
     shared = tuple(b for b in given if b.name != "Compare")
     for values in plan.arms.values():
-        config.from_bindings([*shared, *map(config.parse_binding, values)])
-    base = config.from_bindings(shared)
+        config.from_bindings([*shared, *map(config.parse_binding, values)], some=True)
+    base = config.from_bindings(given, also={"Compare": CompareConfig})
     if not base.run.directory:
         raise UserError("Run.directory is empty: say where the runs of the comparison go.")
     return Comparison(plan, shared, base)

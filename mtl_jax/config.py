@@ -474,14 +474,23 @@ def load(
     return from_bindings(read_bindings(gin_files, bindings, search_paths))
 
 
-def from_bindings(given: Sequence[Binding]) -> Config:
-    """Returns the whole configuration of bindings in their order; see `resolve`."""
+def from_bindings(
+    given: Sequence[Binding], *, also: Mapping[str, type] | None = None, some: bool = False
+) -> Config:
+    """Returns the whole configuration of bindings in their order; see `resolve`.
+
+    Args:
+        given: bindings.
+        also: dataclasses of other rooms that may be among them, by Gin name.
+        some: there are other bindings, so that a macro may seem to be used nowhere.
+    """
     types = room_types()
     of_method = _method_types(given, types)
-    rooms = resolve(given, types | of_method)
+    rooms = resolve(given, types | of_method | dict(also or {}), some=some)
     parts = {ROOMS[name][0]: value for name, value in rooms.items() if name in ROOMS}
     method = next((rooms[name] for name in of_method), None)
-    return Config(**parts, method=method, text=config_text(rooms))
+    ours = {name: room for name, room in rooms.items() if name not in (also or {})}
+    return Config(**parts, method=method, text=config_text(ours))
 
 
 def load_args(args: "argparse.Namespace") -> Config:

@@ -238,8 +238,12 @@ class TrainStream:
         """The first examples of a task with tokens on both sides, trimmed; repeated if few."""
         epoch = Epoch(self.config.split, self.config.shuffle, self.config.seed)
         read = itertools.islice(self.reader(number).tokens(epoch), count)
-        most = self.config.inputs_length, self.config.targets_length
-        found = [Example(0, i[: most[0]], t[: most[1]]) for i, t in read if len(i) and len(t)]
+        room, most = self.config.inputs_length - len(self.prompt), self.config.targets_length
+        found = [
+            Example(0, np.concatenate([self.prompt, inputs[:room]]), targets[:most])
+            for inputs, targets in read
+            if len(inputs) and len(targets)
+        ]
         return list(itertools.islice(itertools.cycle(found), count))
 
     def by_rates(self, rates: Mapping[str, float], batch: Batch) -> Batch:

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from mtl_jax import config, data, flops, report
+from mtl_jax.balance.method import GRAM
 from mtl_jax.balance_log import BalanceLog
 from mtl_jax.errors import UserError
 
@@ -48,6 +49,7 @@ class Logbook:
         self._balance_log = BalanceLog(
             *(session.run.path, balancer.names, balancer.grouping.names),
             *(balancer.method is not None, first),
+            solves=balancer.needs(GRAM),
             primary=primary,
         )
         self._progress = report.Progress(cfg.run.steps, first)
@@ -100,6 +102,8 @@ class Logbook:
             )
         if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
             raise UserError(self._not_finite(number, values))
+        if not values.get("gradients_seen", True):  # zeros of the size of all pairs of tasks
+            del values["gram"], values["split_half_cosine"]
         self._fetched.append((number, values))
         self._padding.append(batch.padding)
         self._drawn = batch.examples_drawn

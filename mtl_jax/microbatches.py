@@ -55,6 +55,12 @@ def with_blocks(config: "Config", mesh: Mesh, balancer: Balancer, plan: SharingP
             f"each, but a batch of {config.data.batch_size} rows cannot be divided: set a larger "
             "Data.batch_size, or Balance.task_gradients = 'vmap'."
         )
+    if balancer.method is not None and blocks < 2:
+        raise UserError(
+            f"{config.balance.method} shares an update among tasks, but with parameters of tasks a "
+            f"batch of {config.data.batch_size} rows, which cannot be divided, holds one task: set "
+            "a larger Data.batch_size."
+        )
     sharding.validate(mesh, config.model, config.data.batch_size, blocks)
     return dataclasses.replace(
         config,
@@ -64,7 +70,10 @@ def with_blocks(config: "Config", mesh: Mesh, balancer: Balancer, plan: SharingP
 
 
 def _blocks(rows: int, tasks: int) -> int:
-    """The fewest blocks that give each task one of its own, or as many as `rows` divides into."""
+    """The fewest blocks that could give each task one of its own, or as many as `rows` allows.
+
+    Where rates are uneven, a task with a share of less than one block is not in every batch.
+    """
     divisors = [n for n in range(1, rows + 1) if rows % n == 0]
     return next((n for n in divisors if n >= tasks), divisors[-1])
 

@@ -24,6 +24,7 @@ COUNTERS = (
 # The last two are maxima, the others sums.
 _MAXIMA = 6
 _DRAWS_AT_ONCE = 1024
+_SAME_ORDER = 16  # batches for which `BlockDraws` keeps an order
 _GOLDEN = 0x9E3779B97F4A7C15  # the golden ratio, as a part of 2**64
 PATIENCE = 4  # batches an example may be passed over while longer ones are placed
 
@@ -96,7 +97,9 @@ class BlockDraws:
     of a share of at least 1 / B are in every batch, which methods that compare tasks want. The
     place where sampling starts moves on by the golden ratio from batch to batch, so that the
     blocks of n batches are as many as the share says up to a few, not up to the square root of n.
-    All shards of a stream must agree, so nothing depends on the shard.
+    Where some task is not in every batch, the order of the tasks is drawn anew every few batches,
+    or tasks a certain way apart in it would never meet. All shards of a stream must agree, so
+    nothing depends on the shard.
     """
 
     def __init__(self, shares: Sequence[float], blocks: int, seed: int):
@@ -107,8 +110,10 @@ class BlockDraws:
             blocks: in a batch.
             seed: of the whole stream.
         """
-        self._bounds = np.cumsum(np.asarray(shares, np.float64))[:-1]
+        self._shares = np.asarray(shares, np.float64)
         self._blocks = blocks
+        self._seed = seed
+        self._all_meet = bool(np.min(self._shares) * blocks >= 1.0)
         digest = hashlib.blake2b(f"{seed}/blocks".encode(), digest_size=8).digest()
         self._start = int.from_bytes(digest, "big")
 
@@ -116,7 +121,14 @@ class BlockDraws:
         """Returns the number of the task of each block of batch `batch`, in ascending order."""
         place = (self._start + batch * _GOLDEN) % 2**64 / 2**64
         points = (place + np.arange(self._blocks)) / self._blocks
-        return np.searchsorted(self._bounds, points, side="right").tolist()
+        order = np.arange(len(self._shares))
+        if not self._all_meet:
+            # The shards' keys have the seed first: this one is none of theirs.
+            key = np.array([2**64 - 1, self._seed % 2**64], np.uint64)
+            counter = np.array([0, 0, 0, batch // _SAME_ORDER], np.uint64)
+            np.random.Generator(np.random.Philox(key=key, counter=counter)).shuffle(order)
+        bounds = np.cumsum(self._shares[order])[:-1]
+        return sorted(order[np.searchsorted(bounds, points, side="right")].tolist())
 
 
 def block_shares(rates: Sequence[float], needs: Sequence[float]) -> list[float]:

@@ -5,8 +5,10 @@ from typing import Any
 
 import jax
 
-from mtl_jax import build, patterns, restore, step
+from mtl_jax import build, model, patterns, restore, step
+from mtl_jax.balance.method import REFERENCE
 from mtl_jax.checkpoint import Checkpointer
+from mtl_jax.errors import UserError
 
 
 def start_state(session: build.Session) -> step.TrainState:
@@ -28,6 +30,7 @@ def start_state(session: build.Session) -> step.TrainState:
         if not cfg.restore_map:
             session.check_model(meta, cfg.restore_from, plain=plain)
         if cfg.restore_optimizer == "keep":
+            _check_tasks(session, meta, place)
             state = checkpointer.restore(number, session.abstract_state)[0]
             print(f"Restored parameters and optimizer state from {place}", file=sys.stderr)
             return state
@@ -39,6 +42,18 @@ def start_state(session: build.Session) -> step.TrainState:
             print(f"Restored the parameters from {place}; a fresh optimizer", file=sys.stderr)
             given = patterns.by_path(params)
         return session.shared_state(given) if plain else session.fresh_state(given)
+
+
+def _check_tasks(session: build.Session, meta: dict[str, Any], place: str) -> None:
+    """Refuses to take a method's state, which is by number of the task, for other tasks."""
+    saved = meta.get("task_ids", {})
+    names = sorted(saved, key=saved.__getitem__)
+    if session.balancer.method is not None and names != list(session.sharing.names):
+        raise UserError(
+            f"{place} has a state of {session.config.balance.method} for its own tasks "
+            f"({', '.join(names)[:200]}), and this run has others: train on the same tasks, or set "
+            "Run.restore_optimizer = 'drop'."
+        )
 
 
 def _mapped(
@@ -58,3 +73,35 @@ def _mapped(
     for difference in session.model_differences(checkpointer.meta(number)):
         print(f"  another architecture: its {difference}", file=sys.stderr)
     return given
+
+
+def abstract_reference(session: build.Session) -> model.Params | None:
+    """The parameters of the frozen model that the method compares with, as shapes; None: none."""
+    return session.abstract_state.params if session.balancer.needs(REFERENCE) else None
+
+
+def check_reference(session: build.Session) -> None:
+    """Makes sure that the frozen model that the method compares with is there, and fits.
+
+    Raises:
+      UserError: no checkpoint there, or one of another model.
+    """
+    if session.balancer.needs(REFERENCE):
+        path = session.balancer.method.reference  # type: ignore[union-attr]
+        checkpointer, number = build.open_checkpoint(path)
+        with checkpointer:
+            session.check_model(checkpointer.meta(number), path)
+
+
+def reference_params(session: build.Session) -> model.Params | None:
+    """The parameters of the frozen model that the method compares with; None: none is needed.
+
+    Raises:
+      UserError: no checkpoint there, or one of another model.
+    """
+    if not session.balancer.needs(REFERENCE):
+        return None
+    path = session.balancer.method.reference  # type: ignore[union-attr]
+    params, number = build.load_params(session, path)
+    print(f"Compared with the frozen model of {path} at step {number:,}", file=sys.stderr)
+    return params

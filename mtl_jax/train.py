@@ -35,6 +35,7 @@ def main(args: argparse.Namespace) -> int:
     if not session.config.data.mixture:
         raise UserError("Data.mixture is empty: name a registered task or mixture to train on.")
     if args.dry_run:
+        starting.check_reference(session)
         print(dry_run.describe(session, compile_step(session)))
         return 0
     train(session, argv=args.argv)
@@ -46,6 +47,7 @@ def main(args: argparse.Namespace) -> int:
 
 def train(session: build.Session, argv: list[str]) -> None:
     """One run from start or last checkpoint to `Run.steps`."""
+    starting.check_reference(session)
     cfg, run, mesh = session.config, session.run, session.mesh
     ledger = report.Ledger()
     with contextlib.ExitStack() as closing:
@@ -95,7 +97,7 @@ def train(session: build.Session, argv: list[str]) -> None:
         rng = jax.random.fold_in(jax.random.key(cfg.run.seed), 1)
         rng = jax.device_put(rng, sharding.replicated(mesh))
         with ledger("compile"):
-            update, reference = compile_step(session), build.reference_params(session)
+            update, reference = compile_step(session), starting.reference_params(session)
         with ledger("data"):
             ahead = next_batch(stream, mesh)
 
@@ -166,7 +168,7 @@ def compile_step(session: build.Session) -> Any:
     batch = session.abstract_batch()
     with sharding.on_mesh(session.mesh):
         return jitted.lower(
-            session.abstract_state, batch, rng, build.abstract_reference(session)
+            session.abstract_state, batch, rng, starting.abstract_reference(session)
         ).compile()
 
 
@@ -217,7 +219,7 @@ def evaluate_main(args: argparse.Namespace) -> int:
       UserError: no tasks, no checkpoint, or one of another model.
     """
     start = time.perf_counter()
-    session = build.build(config.load_args(args))
+    session = build.build(config.load_args(args), training=False)
     run = session.run
     if not session.config.eval.tasks:
         raise UserError("Eval.tasks is empty: name registered tasks, mixtures or globs.")

@@ -123,11 +123,11 @@ def test_draws_give_each_task_its_share_up_to_one_block(shares, blocks, batch):
 
 
 def test_draws_of_many_batches_keep_the_shares():
-    """Up to 5 blocks of 16,000; independent draws would be off by 50."""
+    """Up to 20 blocks of 16,000, by the orders that change; independent draws are off by 50."""
     shares = [0.07, 0.13, 0.8]
     draws = BlockDraws(shares, 4, seed=0)
     counts = np.bincount([n for batch in range(4000) for n in draws[batch]], minlength=3)
-    assert (np.abs(counts - 16000 * np.array(shares)) < 5).all()
+    assert (np.abs(counts - 16000 * np.array(shares)) < 20).all()
     starts = [BlockDraws([0.5, 0.5], 1, seed)[0][0] for seed in range(200)]
     assert 60 < sum(starts) < 140  # where a stream begins depends on its seed
 

@@ -35,10 +35,12 @@ class BalanceState:
     Attributes:
       method: its own state.
       weights: float32 [K, N], those of the last solution; for steps between two of them.
+      solved: bool [N], the tasks that were there at some solution.
     """
 
     method: State
     weights: jax.Array
+    solved: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +95,8 @@ class Balancer:
             return ()
         groups = self.grouping.size if self.needs(GRAM) else 1
         equal_KN = jnp.full((groups, len(self.names)), 1.0 / len(self.names), jnp.float32)
-        return BalanceState(self.method.init(len(self.names), groups), equal_KN)
+        unsolved_N = jnp.zeros(len(self.names), bool)
+        return BalanceState(self.method.init(len(self.names), groups), equal_KN, unsolved_N)
 
     def weights(
         self, state: BalanceState | tuple[()], seen: Observations
@@ -104,9 +107,14 @@ class Balancer:
         weights, inner, logs = self.method.weights(state.method, seen)
         weights_KN = weights if weights.ndim == 2 else weights[None]
         weights_KN = self._rescaled(weights_KN, seen)
-        # What was absent now may be there before the next solution.
-        held_KN = jnp.where(seen.present[None], weights_KN, state.weights)
-        return weights_KN, BalanceState(inner, held_KN), logs
+        # What is absent now may be there before the next solution: with its last weight, or, if it
+        # has none yet, with one like the others'.
+        present_1N = seen.present[None]
+        there = jnp.maximum(jnp.sum(present_1N), 1)
+        mean_K1 = jnp.sum(weights_KN, axis=1, where=present_1N, keepdims=True) / there
+        absent_KN = jnp.where(state.solved[None], state.weights, mean_K1)
+        held_KN = jnp.where(present_1N, weights_KN, absent_KN)
+        return weights_KN, BalanceState(inner, held_KN, state.solved | seen.present), logs
 
     def held_weights(self, state: BalanceState, seen: Observations) -> jax.Array:
         """The weights [K, N] of the last solution, for a step between two."""

@@ -40,6 +40,9 @@ class Grouping:
 
     def place(self, path: str) -> int | range | None:
         """The group of a parameter, those of its layers, or None: no part of any Gramian."""
+        if self.kind == "enc_dec" and path.startswith("sharing/"):
+            # What tasks own of a stack is part of it: sharing/OWNER/STRUCTURE/path.
+            path = path.split("/", 3)[-1]
         stack, _, rest = path.partition("/")
         layered = stack in STACKED and rest.startswith("layers/")
         if self.kind == "layer":
@@ -113,7 +116,9 @@ def _by_group(
         measured = measure(leaf, True)
         for layer, group in enumerate(where):
             parts[group].append(measured[layer])
-    return jnp.stack([sum(part[1:], start=part[0]) for part in parts])
+    # A group may have no trained parameter: nothing is seen in it.
+    found = next(part[0] for part in parts if part)
+    return jnp.stack([sum(part, start=jnp.zeros_like(found)) for part in parts])
 
 
 def combine(grouping: Grouping, slots: Tree, weights_KN: jax.Array) -> Tree:

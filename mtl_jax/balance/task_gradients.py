@@ -47,6 +47,11 @@ def task_of(rows: Mapping[str, jax.Array]) -> jax.Array:
     return jnp.max(rows[TASK_IDS])
 
 
+def _is_real(rows: Mapping[str, jax.Array]) -> jax.Array:
+    """1.0, or 0.0 where all is padding."""
+    return (task_of(rows) > 0).astype(jnp.float32)
+
+
 def one_task_each(blocks: Mapping[str, jax.Array]) -> jax.Array:
     """Whether no microbatch [M, rows, T] of a batch holds a second task."""
     ids_MRT = blocks[TASK_IDS]
@@ -87,7 +92,7 @@ def by_microbatch(
         task = jnp.maximum(task_of(rows), 1) - 1
         slots = jax.tree.map(lambda slot, grad: slot.at[task].add(grad), slots, grads)
         squares_KN = squares_KN.at[:, task].add(groups.squared_norms(grouping, grads))
-        return (slots, squares_KN, parts_N.at[task].add(1.0), _added(sums, more)), None
+        return (slots, squares_KN, parts_N.at[task].add(_is_real(rows)), _added(sums, more)), None
 
     start = (
         _zero_slots(axes, params, count),
@@ -167,7 +172,7 @@ def by_sketch(
         task = jnp.maximum(task_of(rows), 1) - 1
         sketches_KNS = sketches_KNS.at[:, task].add(_sketch(grouping, size, grads, seed))
         squares_KN = squares_KN.at[:, task].add(groups.squared_norms(grouping, grads))
-        carry = sketches_KNS, squares_KN, parts_N.at[task].add(1.0), _added(sums, more)
+        carry = sketches_KNS, squares_KN, parts_N.at[task].add(_is_real(rows)), _added(sums, more)
         return carry, None
 
     start = (

@@ -159,7 +159,9 @@ class SharingPlan:
             return [self.alike(other) for other in self.names].index(self.alike(name)) + 1
         for pattern, cluster in self.rooms.sharing.clusters.items():
             if self.cluster_names and fnmatch.fnmatchcase(name, pattern):
-                return self._id_in_cluster(str(cluster))
+                # Earlier patterns may have left none of the trained tasks to this cluster.
+                trained = str(cluster) in self.cluster_names
+                return self._id_in_cluster(str(cluster)) if trained else 0
         return 0
 
     def _id_in_cluster(self, cluster: str) -> int:
@@ -223,7 +225,9 @@ class SharingPlan:
         for room, values in ours["rooms"].items():
             for field, value in values.items():
                 theirs = saved["rooms"].get(room, {}).get(field, value)
-                if theirs != value and (room, field) not in _MAY_CHANGE:
+                # An adversary that is switched on or off is another tree of parameters.
+                switched = (room, field) == ("adversary", "weight") and not (theirs and value)
+                if theirs != value and (switched or (room, field) not in _MAY_CHANGE):
                     raise UserError(
                         f"The checkpoint {place} has {room.capitalize()}.{field} = {theirs!r}, "
                         f"this run {value!r}: they must be the same."
