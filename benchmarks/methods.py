@@ -53,6 +53,7 @@ class Variant:
     values: tuple[tuple[str, object], ...] = ()
 
     def balancer(self, cfg: T5Config) -> Balancer:
+        """The method at work on the four tasks."""
         made = METHODS[self.method](**OPTIONS.get(self.method, {})) if self.method else None
         values = BalanceConfig(method=self.method, **dict(self.values))
         return make_balancer(values, made, TASKS, cfg)

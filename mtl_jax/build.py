@@ -33,7 +33,7 @@ from mtl_jax.evaluate import EvalTask, Evaluator
 from mtl_jax.run_directory import RunDirectory, enable_compile_cache
 from mtl_jax.sharing import embeddings, tree
 from mtl_jax.sharing.plan import SharingPlan, make_plan
-from mtl_jax.sharing.sharing_config import Rooms
+from mtl_jax.sharing.sharing_config import rooms_of
 
 if TYPE_CHECKING:
     from mtl_jax.config import Config
@@ -213,8 +213,8 @@ class Session:
         if meta.get("prompt"):
             raise UserError(
                 f"The checkpoint {place} wants {len(meta['prompt'])} prompt tokens in front of "
-                "every input, which only `mtl-jax infer` and mtl_jax.load put there: use these, or the "
-                "run that it was converted from."
+                "every input, which only `mtl-jax infer` and mtl_jax.load put there: use these, or "
+                "the run that it was converted from."
             )
         if not plain:
             self.sharing.check_description(meta.get("sharing"), place)
@@ -343,11 +343,7 @@ def build(config: "Config", *, training: bool = True) -> Session:
 
 
 def _sharing_plan(config: "Config", names: list[str], mixture: str) -> SharingPlan:
-    rooms = Rooms(
-        *(config.sharing, config.lora, config.adapter),
-        *(config.prompt, config.experts, config.adversary),
-    )
-    plan = make_plan(rooms, names, config.model)
+    plan = make_plan(rooms_of(config), names, config.model)
     for read in (data.task_names(mixture) if mixture else [], _eval_names(config)):
         if read:
             embeddings.check_vocabulary(plan, int(data.vocabulary(read).vocab_size))

@@ -8,6 +8,7 @@ from mtl_jax import config, inference
 from mtl_jax.analysis.run_analysis import FOLDER
 from mtl_jax.analysis.state_files import save_states
 from mtl_jax.errors import UserError
+from mtl_jax.sharing.sharing_config import Rooms, rooms_of
 
 
 def represent(run: Path, examples: int = 64) -> Path:
@@ -31,6 +32,11 @@ def represent(run: Path, examples: int = 64) -> Path:
     cfg = config.load([str((run / "config.gin").absolute())])
     if not cfg.eval.tasks:
         raise UserError(f"{run}: Eval.tasks is empty, so there are no inputs to embed.")
+    if rooms_of(cfg) != Rooms():
+        raise UserError(
+            f"{run}: its tasks have parameters of their own (Sharing, Lora, ...), so no encoder "
+            "has the states of all: leave out --representations."
+        )
     texts = _texts(cfg, examples)
     model = inference.load(run, inputs_length=cfg.eval.inputs_length)
     inputs = [text for of_dataset in texts.values() for text in of_dataset]

@@ -262,6 +262,11 @@ class Rooms:
     adversary: AdversaryConfig = dataclasses.field(default_factory=AdversaryConfig)
 
 
+def rooms_of(config: Any) -> Rooms:
+    """The rooms of a whole configuration (`config.Config`)."""
+    return Rooms(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Rooms)})
+
+
 def _one_of(field: str, value: str, known: Sequence[str]) -> None:
     if value not in known:
         raise UserError(
