@@ -14,7 +14,7 @@ import numpy as np
 from mtl_jax.analysis.gradients import mean_cosine, read_gradients
 from mtl_jax.analysis.intervals import Interval, mean_interval, paired_difference
 from mtl_jax.analysis.run_analysis import FOLDER
-from mtl_jax.analysis.runs import STATIC_METHODS, Run, check_budget, read_run
+from mtl_jax.analysis.runs import STATIC_METHODS, Run, check_budget, read_run, trained_on
 from mtl_jax.analysis.state_files import align
 from mtl_jax.analysis.trade_offs import TradeOff, trade_off
 from mtl_jax.analysis.transfer import (
@@ -167,7 +167,8 @@ def compare(
       UserError: a run that is missing, damaged, unfinished, given twice or trained on another
         budget; or runs without a common result.
     """
-    runs = [read_run(folder) for folder in folders]
+    trained_tasks = set().union(*map(trained_on, folders))
+    runs = [read_run(folder, trained_tasks) for folder in folders]
     check_budget(runs)
     single = [run for run in runs if len(run.trained) == 1]
     multi = [run for run in runs if len(run.trained) != 1]

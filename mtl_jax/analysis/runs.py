@@ -4,7 +4,7 @@ import ast
 import bisect
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,8 +101,18 @@ def read_settings(path: Path) -> dict[str, Any]:
     return settings
 
 
-def read_run(folder: str | Path) -> Run:
+def trained_on(folder: str | Path) -> set[str]:
+    """Returns the registered names of the tasks that a run was trained on."""
+    return set(read_object(Path(folder) / "tasks.json") or {})
+
+
+def read_run(folder: str | Path, trained: Collection[str] | None = None) -> Run:
     """Reads a finished run.
+
+    Args:
+      folder: its directory.
+      trained: tasks that are not held out, whatever their description says: those that this run or
+        one that it is compared with was trained on; None: those of this run.
 
     Raises:
       UserError: a file is missing or damaged, or the run has not been evaluated at its end.
@@ -115,7 +125,8 @@ def read_run(folder: str | Path) -> Run:
     if not isinstance(method, str) or not isinstance(options, dict):
         raise UserError(f"{path / 'method.json'}: needs a text 'method' and an object 'options'.")
     rows = _evaluated(read_jsonl(path / "results.jsonl"), settings.get("Eval.split"), path)
-    by_step = _scores_by_step(rows)
+    known = trained_on(path) if trained is None else trained
+    by_step = _scores_by_step(rows, known)
     steps = settings.get("Run.steps")
     if steps is None or max(by_step) < steps:
         raise UserError(
@@ -123,7 +134,7 @@ def read_run(folder: str | Path) -> Run:
             "`mtl-jax eval` it), or leave it out."
         )
     names = read_object(path / "tasks.json") or {}
-    datasets = {row["task"]: _label(row) for row in rows}
+    datasets = {row["task"]: _label(row, known) for row in rows}
     labels = {name: datasets.get(name, name) for name in names}
     variant = {name: value for name, value in settings.items() if not _SILENT.fullmatch(name)}
     return Run(
@@ -160,17 +171,20 @@ def _evaluated(
     return kept
 
 
-def _label(row: Mapping[str, Any]) -> str:
+def _label(row: Mapping[str, Any], trained: Collection[str]) -> str:
     """A task in a comparison is a dataset; prompts that are held out are a task of their own."""
     dataset = row.get("dataset") or row["task"]
-    return f"{dataset} (held out)" if row.get("trained") is False else str(dataset)
+    held_out = row.get("trained") is False and row["task"] not in trained
+    return f"{dataset} (held out)" if held_out else str(dataset)
 
 
-def _scores_by_step(rows: Sequence[Mapping[str, Any]]) -> dict[int, dict[tuple[str, str], float]]:
+def _scores_by_step(
+    rows: Sequence[Mapping[str, Any]], trained: Collection[str]
+) -> dict[int, dict[tuple[str, str], float]]:
     newest: dict[tuple[int, str, str], tuple[str, float]] = {}
     for row in rows:  # where a step was evaluated twice, the later row counts
         key = (int(row["step"]), row["task"], row["metric"])
-        newest[key] = (_label(row), float(row["value"]))
+        newest[key] = (_label(row, trained), float(row["value"]))
     gathered: dict[int, dict[tuple[str, str], list[float]]] = {}
     for (step, _, metric), (label, value) in newest.items():
         gathered.setdefault(step, {}).setdefault((label, metric), []).append(value)
