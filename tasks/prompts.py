@@ -25,8 +25,10 @@ from jinja2.sandbox import SandboxedEnvironment
 from mtl_jax.errors import UserError, suggest
 
 SEPARATOR = "|||"
-# A row's own "|||" must not be taken for the separator; this stands in for it while rendering.
-_PROTECTED_SEPARATOR = "\ue000\ue001\ue000"
+# A row's own "|||" must not be taken for the separator: while rendering, it is written in
+# characters of private use, and so is the first of these where a row has it.
+_ESCAPE = "\ue000"
+_ESCAPED_SEPARATOR, _ESCAPED_ESCAPE = _ESCAPE + "\ue001", _ESCAPE + "\ue002"
 _RANDOM = "mtl_jax_random"
 _HIDDEN_GLOBALS = ("lipsum", "cycler", "joiner")  # random or stateful: no use in a prompt
 
@@ -70,7 +72,7 @@ _ENVIRONMENT = _make_environment()
 
 def _protect(value: Any) -> Any:
     if isinstance(value, str):
-        return value.replace(SEPARATOR, _PROTECTED_SEPARATOR) if SEPARATOR in value else value
+        return value.replace(_ESCAPE, _ESCAPED_ESCAPE).replace(SEPARATOR, _ESCAPED_SEPARATOR)
     if isinstance(value, Mapping):
         return {key: _protect(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -80,7 +82,10 @@ def _protect(value: Any) -> Any:
 
 def _split(text: str) -> list[str]:
     """Splits at the separators of the template, then puts the row's own ones back."""
-    return [part.replace(_PROTECTED_SEPARATOR, SEPARATOR).strip() for part in text.split(SEPARATOR)]
+    return [
+        part.replace(_ESCAPED_SEPARATOR, SEPARATOR).replace(_ESCAPED_ESCAPE, _ESCAPE).strip()
+        for part in text.split(SEPARATOR)
+    ]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,8 @@ from balance_cases import GOLDEN
 from mtl_jax.balance.common_descent import CAGrad
 from mtl_jax.balance.method import METHODS
 
+pytestmark = pytest.mark.slow
+
 
 def start(name, tasks):
     """A state of one group that is not the initial one: after two steps with all tasks."""

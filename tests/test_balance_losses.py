@@ -85,7 +85,7 @@ def test_a_task_that_is_never_there_might_as_well_not_exist(method):
     four = list(random_batches(12, 4, seed=2, absent=2))
     three = []
     for seen, after_N in four:
-        fields = ("tokens", "losses", "correct", "reference")
+        fields = ("tokens", "shares", "losses", "correct", "reference")
         values = {name: getattr(seen, name)[left] for name in fields}
         names = tuple(NAMES[task] for task in left)
         three.append((dataclasses.replace(seen, names=names, **values), after_N[left]))

@@ -157,7 +157,7 @@ def test_split_half_cosine_of_equal_and_of_opposite_parts():
     assert np.isnan(told["split_half_cosine"][0, 1:]).all()
 
 
-@pytest.mark.parametrize("parts", [1, 4])
+@pytest.mark.parametrize("parts", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_static_weights_of_one_are_plain_training_bit_for_bit(parts):
     settings = objective.StepConfig(microbatches=parts, z_loss=1e-3)
     rows = batch(mixed=True)
@@ -216,7 +216,9 @@ def test_with_one_task_every_method_is_plain_training_bit_for_bit(name):
     assert programs[0] == programs[1]
 
 
-@pytest.mark.parametrize("reduction", ["token_mean", "example_mean"])
+@pytest.mark.parametrize(
+    "reduction", [pytest.param("token_mean", marks=pytest.mark.slow), "example_mean"]
+)
 def test_reductions(reduction):
     """The plain objective as a mean over tokens or over examples, by numpy on the token losses."""
     rows = batch(mixed=True)
@@ -263,7 +265,9 @@ def test_weights_hold_between_two_solutions():
     assert np.abs(third["balance_weight"][0] - held).max() > 1e-4
 
 
-@pytest.mark.parametrize("groups_kind", ["whole_model", "layer"])
+@pytest.mark.parametrize(
+    "groups_kind", [pytest.param("whole_model", marks=pytest.mark.slow), "layer"]
+)
 def test_a_step_between_solutions_applies_the_held_weights(groups_kind):
     chosen = balancer("CAGrad", every_n_steps=5, groups=groups_kind)
     first = gradients_of(chosen, batch())

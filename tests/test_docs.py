@@ -241,7 +241,7 @@ def test_commands_of_the_methods_page_load(tmp_path, monkeypatch):
     ]
     assert loaded[0].balance.method == "PCGrad"
     assert loaded[1].mixture.rates == {"embedded_nli_true_or_false": 1.0}
-    assert loaded[1].mixture.name == loaded[1].data.mixture == "reweighted"
+    assert loaded[1].mixture.name == loaded[1].data.mixture == "found_rates"
 
 
 # ---------------------------------------------------------------------------------------------

@@ -55,6 +55,7 @@ def test_a_run_tells_weights_and_gradients_of_its_tasks(gradnorm):
     assert "cosine" in (gradnorm / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_stopped_run_under_a_method_continues_bit_by_bit(gradnorm):
     directory = gradnorm.parent / "stopped"
     assert cli.main(flags(directory, **GRADNORM, Run__steps=3)) == 0
@@ -66,6 +67,7 @@ def test_a_stopped_run_under_a_method_continues_bit_by_bit(gradnorm):
     assert lines(directory / "gradients.jsonl")[-1] == lines(gradnorm / "gradients.jsonl")[-1]
 
 
+@pytest.mark.slow
 def test_the_dry_run_tells_the_cost(gradnorm, capsys):
     assert cli.main([*flags(gradnorm.parent / "dry", **GRADNORM), "--dry_run"]) == 0
     out = capsys.readouterr().out

@@ -41,9 +41,15 @@ def test_a_checkpoint_from_before_there_were_methods_is_continued(tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("how", ["microbatch", "vmap", "sketch"])
 @pytest.mark.parametrize(
-    ("groups", "freeze"), [("enc_dec", "encoder/.*"), ("layer", "encoder/layers/.*")]
+    "how", ["microbatch", *(pytest.param(x, marks=pytest.mark.slow) for x in ("vmap", "sketch"))]
+)
+@pytest.mark.parametrize(
+    ("groups", "freeze"),
+    [
+        pytest.param("enc_dec", "encoder/.*", marks=pytest.mark.slow),
+        ("layer", "encoder/layers/.*"),
+    ],
 )
 def test_a_group_may_be_frozen_as_a_whole(groups, freeze, how):
     optimizer = dataclasses.replace(steps.ADAMW, freeze=(freeze,))

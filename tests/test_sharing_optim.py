@@ -94,7 +94,7 @@ def test_adafactor_treats_entries_as_separate_parameters():
 @pytest.mark.parametrize(
     ("layout", "optimizer_cfg"),
     [
-        pytest.param((2, 2, 2), ADAFACTOR, id="2x2x2 adafactor"),
+        pytest.param((2, 2, 2), ADAFACTOR, id="2x2x2 adafactor", marks=SLOW),
         pytest.param((2, 2, 2), ADAMW, id="2x2x2 adamw", marks=SLOW),
         pytest.param((1, 4, 2), ADAMW, id="1x4x2 adamw", marks=SLOW),
         pytest.param((1, 8, 1), ADAFACTOR, id="1x8x1 adafactor", marks=SLOW),

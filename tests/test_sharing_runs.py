@@ -16,6 +16,8 @@ from mtl_jax.evaluate import Evaluator
 from mtl_jax.interop.source import by_path, tensors
 from mtl_jax.sharing import tree
 
+pytestmark = pytest.mark.slow
+
 STEPS = 6
 TASKS = ("tiny_copy", "tiny_first", "tiny_reverse")
 VALUES = {
