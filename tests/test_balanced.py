@@ -265,9 +265,8 @@ def test_weights_hold_between_two_solutions():
     assert np.abs(third["balance_weight"][0] - held).max() > 1e-4
 
 
-@pytest.mark.parametrize(
-    "groups_kind", [pytest.param("whole_model", marks=pytest.mark.slow), "layer"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("groups_kind", ["whole_model", "layer"])
 def test_a_step_between_solutions_applies_the_held_weights(groups_kind):
     chosen = balancer("CAGrad", every_n_steps=5, groups=groups_kind)
     first = gradients_of(chosen, batch())

@@ -13,7 +13,7 @@ from mtl_jax.errors import UserError
 
 FOLDER = config.package_gin_folder()
 RUNS = sorted(path.stem for path in (FOLDER / "runs").glob("*.gin"))
-WITHOUT_DATA_FOLDER = {"quickstart"}
+WITHOUT_DATA_FOLDER = {"methods", "quickstart"}
 MOST_VALUES = 25
 
 # Parameters as published (Hugging Face model hub: t5-*, google/t5-v1_1-*); XXL is called 11B.
@@ -63,7 +63,11 @@ def header_commands(name: str) -> list[list[str]]:
 
 def arguments(command: list[str], directory: Path):
     """A command's parsed flags, with the run directory elsewhere."""
-    return cli.parse([*command[1:], "--dry_run", f"--gin.Run.directory={directory / 'run'}"])
+    elsewhere = [f"--gin.Run.directory={directory / 'run'}"]
+    if command[1] == "compare":
+        # Made for one device: the eight of the tests need a row each in all of its 8 blocks.
+        elsewhere.append("--gin.Data.batch_size=64")
+    return cli.parse([*command[1:], "--dry_run", *elsewhere])
 
 
 def loaded_of(args):

@@ -27,6 +27,7 @@ def gradnorm(tmp_path_factory):
     return directory
 
 
+@pytest.mark.slow
 def test_a_run_tells_weights_and_gradients_of_its_tasks(gradnorm):
     assert json.loads((gradnorm / "method.json").read_text()) == {
         "method": "GradNorm",
