@@ -16,6 +16,8 @@ from mtl_jax.balance.solvers import nonnegative_qp
 from mtl_jax.balance.surgery import GradVac, PCGrad, visiting_order
 from mtl_jax.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 # Combined gradients of GOLDEN that TorchJD publishes and LibMTL reproduces (all but AlignedMTL), to
 # the four digits published. UPGrad's carries TorchJD's regularisation of 1e-4, so it is a bit off;
 # NashMTL's has norm sqrt(2), which is FairGrad(alpha=1) there.

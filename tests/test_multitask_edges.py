@@ -19,6 +19,8 @@ from mtl_jax.sharing.plan import make_plan
 from mtl_jax.sharing.sharing_config import LoraConfig, Rooms, SharingConfig
 from mtl_jax.task_info import describe
 
+pytestmark = pytest.mark.slow
+
 
 @flax.struct.dataclass
 class StateBeforeBalance:

@@ -24,6 +24,8 @@ from mtl_jax.sharing.sharing_config import (
     SharingConfig,
 )
 
+pytestmark = pytest.mark.slow
+
 CFG = golden.config("1.1")
 KERNEL = "encoder/layers/attention/query/kernel"
 

@@ -12,6 +12,8 @@ import sharing_plans as plans
 from mtl_jax import optim, patterns, sharding, step
 from mtl_jax.sharing import tree
 
+pytestmark = pytest.mark.slow
+
 by_path = patterns.by_path
 SLOW = pytest.mark.slow  # more compilations of axes that the other cases cover
 ADAMW = optim.OptimizerConfig(
