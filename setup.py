@@ -22,7 +22,11 @@ REQUIRES = [
     "numpy>=2.1",
     "optax>=0.2.6",
     "orbax-checkpoint>=0.12.0",
+    "pyarrow>=18",
+    "pyyaml>=6.0",
     "rouge-score>=0.1.2",
+    "sacrebleu>=2.5",
+    "scikit-learn>=1.6",
     "sentencepiece>=0.2.1",
     "seqio>=0.0.20",
     "tensorflow>=2.20",
@@ -41,6 +45,8 @@ EXTRAS = {
     # What steps and decoding are measured against.
     "benchmark": ["ctranslate2>=4.8", "torch>=2.9", "transformers>=5.17"],
     "cuda": ["jax[cuda12]>=0.10.0"],
+    # Data sets of the Hugging Face hub, by name.
+    "datasets": ["datasets>=4.0"],
     # Tokenizers that come as tokenizer.json; those with a spiece.model need nothing more.
     "hf": ["tokenizers>=0.21"],
     "tpu": ["jax[tpu]>=0.10.0"],

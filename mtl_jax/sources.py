@@ -62,6 +62,11 @@ class RowsDataSource(seqio.DataSource):
         """Returns the number of rows of a split."""
         return len(self.rows(split))
 
+    def skipped(self, split: str) -> int | None:
+        """Returns how many rows give no example; None: not known before a whole pass."""
+        del split
+        return 0
+
     def order(
         self, split: str, shuffle: bool, seed: int | None, shard_info: seqio.ShardInfo | None
     ) -> np.ndarray:

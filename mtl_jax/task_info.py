@@ -16,6 +16,9 @@ class TaskInfo:
         family: the kind of task ("sentiment", "nli"), empty where unknown.
         trained: whether the task is meant for training (False: held out for evaluation).
         citation: where the data comes from.
+        shots: examples with their answers that stand in front of each input.
+        original: whether the prompt asks for what the dataset was made for (PromptSource).
+        language: of the inputs, as a code ("en", "sw"); empty where it says nothing.
     """
 
     task: str
@@ -24,6 +27,9 @@ class TaskInfo:
     family: str = ""
     trained: bool = True
     citation: str = ""
+    shots: int = 0
+    original: bool = True
+    language: str = ""
 
 
 _INFOS: dict[str, TaskInfo] = {}
@@ -37,13 +43,16 @@ def describe(
     family: str = "",
     trained: bool = True,
     citation: str = "",
+    shots: int = 0,
+    original: bool = True,
+    language: str = "",
 ) -> TaskInfo:
     """Records what a task is about and returns the record.
 
     Raises:
         UserError: the task is already described otherwise.
     """
-    new = TaskInfo(task, dataset, prompt, family, trained, citation)
+    new = TaskInfo(task, dataset, prompt, family, trained, citation, shots, original, language)
     old = _INFOS.setdefault(task, new)
     if old != new:
         raise UserError(

@@ -71,6 +71,10 @@ class PromptedDataSource(RowsDataSource):
         """Returns the number of rows, the ones that render empty included."""
         return self._counts[split]
 
+    def skipped(self, split: str) -> int | None:
+        """See `skipped_rows`."""
+        return skipped_rows(self._task, split)
+
     def rows(self, split: str) -> Sequence[Example]:
         """Returns all examples of a split, rendered now, without the empty ones."""
         return list(self.examples(split, shuffle=False))

@@ -22,6 +22,7 @@ ORDER = (
         "__main__",
         "cli",
         "compare",
+        "sweep",
         "train",
         "dry_run",
         "logbook",
@@ -29,35 +30,44 @@ ORDER = (
         "build",
         "microbatches",
     ),
-    *("tasks_main", "report_main", "represent", "infer"),
-    *("compare_config", "config", "balance_log"),
+    *("tasks_main", "report_main", "represent", "infer", "decontaminate"),
+    *("compare_config", "sweep_config", "config", "balance_log"),
     # TensorFlow is allowed here, and so in the entry pages.
-    *("tasks", "data", "shards", "eval_reading", "mixtures", "reading", "sources", "packing"),
-    *("vocabulary", "quiet_tensorflow"),
+    *("tasks", "data", "shards", "eval_reading", "effective_mixture", "mixtures", "reading"),
+    *("sources", "packing", "vocabulary", "quiet_tensorflow"),
     # What uses the model stands before it.
-    *("inference", "interop", "evaluate"),
+    *("inference", "interop", "sweeps", "evaluate"),
     *("decode", "beam", "sampling", "hypotheses", "stop_strings", "buckets"),
-    *("results", "metrics", "eval_task", "placement"),
+    *("results", "protocols", "metrics", "eval_task", "placement", "overlap"),
     # The way of a batch.
     *("targets", "step", "balanced", "objective", "balance", "sharing", "sharding"),
     *("loss", "incremental", "model", "layers"),
     *("attention", "kernels", "optim"),
     # What a run leaves behind.
-    *("checkpoint", "restore", "report", "comparison_html", "report_html", "multitask_html"),
+    *(
+        "checkpoint",
+        "restore",
+        "report",
+        "sweep_report",
+        "comparison_html",
+        "report_html",
+        "multitask_html",
+    ),
     *("heat_map", "charts", "analysis", "tables", "run_directory"),
-    *("storage", "tokenizer"),
+    *("sweep_files", "storage", "tokenizer"),
     *("flops", "task_info", "data_config", "generate_config", "infer_config", "model_config"),
     *("run_config", "config_types", "patterns", "user_modules", "errors"),
 )
 MAY_LOAD_TENSORFLOW = {
-    *("tasks", "data", "shards", "eval_reading", "mixtures", "reading", "sources", "vocabulary"),
-    "quiet_tensorflow",
+    *("tasks", "data", "shards", "eval_reading", "effective_mixture", "mixtures", "reading"),
+    *("sources", "vocabulary", "quiet_tensorflow"),
 }
 ENTRY_PAGES = {
     *(
         "__main__",
         "cli",
         "compare",
+        "sweep",
         "train",
         "dry_run",
         "logbook",
@@ -65,7 +75,7 @@ ENTRY_PAGES = {
         "build",
         "microbatches",
     ),
-    *("tasks_main", "report_main", "represent", "infer"),
+    *("tasks_main", "report_main", "represent", "infer", "decontaminate"),
 }
 MOST_LINES = 500
 MOST_FUNCTION_LINES = 80
