@@ -20,6 +20,7 @@ from mtl_jax import (
     optim,
     patterns,
     placement,
+    processes,
     restore,
     sharding,
     step,
@@ -287,8 +288,6 @@ def build(config: "Config", *, training: bool = True) -> Session:
     """
     if not config.run.directory:
         raise UserError("Run.directory is empty: say where the run's files go.")
-    if jax.process_count() > 1:
-        raise UserError("A run of several processes is not supported yet: start one process.")
     sharding.configure_jax()
     enable_compile_cache(config.run.directory, enabled=config.run.compile_cache)
     mesh = sharding.make_mesh(config.mesh)
@@ -306,7 +305,7 @@ def build(config: "Config", *, training: bool = True) -> Session:
     _check_vocabulary(config, data.task_names(mixture) if mixture else [])
     _check_evaluation(config)
 
-    run = RunDirectory(config.run.directory, primary=jax.process_index() == 0)
+    run = RunDirectory(config.run.directory, primary=processes.primary())
     task_ids = run.task_ids(data.task_names(mixture) if mixture else [])
     owners = [
         microbatches.owner(name, config.balance.by)

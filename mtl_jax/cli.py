@@ -57,6 +57,33 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _process_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of a job of several processes; `processes.start` reads them."""
+    group = parser.add_argument_group(
+        "several processes",
+        "found out on a TPU pod, under SLURM and Open MPI; else start each with",
+    )
+    group.add_argument(
+        "--coordinator_address", metavar="HOST:PORT", help="where process 0 is to be reached"
+    )
+    group.add_argument("--num_processes", type=int, metavar="N", help="processes of the job")
+    group.add_argument("--process_id", type=int, metavar="I", help="of this one, from 0 on")
+    group.add_argument(
+        "--process_start_timeout",
+        type=int,
+        default=300,
+        metavar="SECONDS",
+        help="how long to wait for the others to start; default: %(default)s",
+    )
+    group.add_argument(
+        "--process_timeout",
+        type=int,
+        default=60,
+        metavar="SECONDS",
+        help="the job ends if a process gives no sign of life for so long; default: %(default)s",
+    )
+
+
 def _train_flags(parser: argparse.ArgumentParser) -> None:
     add_config_flags(parser)
     parser.add_argument(
@@ -65,6 +92,7 @@ def _train_flags(parser: argparse.ArgumentParser) -> None:
         help="resolve everything and print parameters, shardings, memory, FLOPs and the mixture; "
         "train nothing",
     )
+    _process_flags(parser)
 
 
 def _eval_flags(parser: argparse.ArgumentParser) -> None:
@@ -76,6 +104,7 @@ def _eval_flags(parser: argparse.ArgumentParser) -> None:
         help="a run directory, or one step in its checkpoints folder; default: the newest "
         "checkpoint of Run.directory",
     )
+    _process_flags(parser)
 
 
 def _infer_flags(parser: argparse.ArgumentParser) -> None:
@@ -368,6 +397,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             importlib.import_module(command.config).load_args(args)
         # Orbax reports every file it writes.
         importlib.import_module("absl.logging").set_verbosity("error")
+        if hasattr(args, "coordinator_address"):
+            importlib.import_module("mtl_jax.processes").start(args)
         if command.reads_data:
             importlib.import_module("mtl_jax.quiet_tensorflow").load()
         status = getattr(importlib.import_module(command.module), command.function)(args)
@@ -377,11 +408,35 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.debug:
             traceback.print_exc()
         print(f"mtl-jax {args.command}: {error}", file=sys.stderr)
-        return 1
+        return _stop(1)
     except KeyboardInterrupt:
         print(f"mtl-jax {args.command}: interrupted", file=sys.stderr)
-        return 130
+        return _stop(130)
     except BrokenPipeError:
         # The reader (head, less) has gone; keep the interpreter's last flush from failing, too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Exception as error:
+        if _job() is None:
+            raise
+        traceback.print_exc()
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        print(
+            f"mtl-jax {args.command}: process {_job()} stops ({reason[:200]}). Where this tells of "
+            "a lost connection, another process has ended: look at what that one said.",
+            file=sys.stderr,
+        )
+        return _stop(1)
+
+
+def _job() -> str | None:
+    """This process' place in a job of several, in words; None: it is alone."""
+    processes = sys.modules.get("mtl_jax.processes")
+    return processes.place() if processes is not None and processes.several() else None
+
+
+def _stop(status: int) -> int:
+    """The exit status of a failure; a process of a job ends here, as the others wait for it."""
+    if _job() is not None:
+        sys.modules["mtl_jax.processes"].abort(status)
+    return status

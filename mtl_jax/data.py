@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import seqio
 
+from mtl_jax import processes
 from mtl_jax.data_config import DataConfig, MixtureConfig
 from mtl_jax.errors import UserError
 from mtl_jax.eval_reading import load_eval_task
@@ -59,6 +60,7 @@ __all__ = [
     "MixtureRow",
     "TrainStream",
     "build_mixture",
+    "examples_drawn",
     "expand",
     "load_eval_task",
     "load_modules",
@@ -66,6 +68,7 @@ __all__ = [
     "rates_of",
     "task_names",
     "vocabulary",
+    "whole_state",
 ]
 
 _STATE_VERSION = 2
@@ -101,12 +104,6 @@ class Batch:
         return {"version": _STATE_VERSION, **self.snapshots[0].origin, **drawing, "shards": shards}
 
     @property
-    def examples_drawn(self) -> dict[str, int]:
-        """Examples of each task since the start of training, by name; of this process."""
-        drawn = self.counters[:, COUNTERS.index("examples")].tolist()
-        return dict(zip(self.snapshots[0].origin["tasks"], drawn, strict=True))
-
-    @property
     def padding(self) -> tuple[float, float]:
         """The shares of padding among the encoder's and the decoder's tokens."""
         encoder_RL, decoder_RT = (
@@ -125,8 +122,8 @@ class TrainStream:
         self,
         config: DataConfig,
         task_ids: Mapping[str, int],
-        process_index: int = 0,
-        process_count: int = 1,
+        reader: int = 0,
+        readers: int = 1,
         owners: Mapping[str, str] | None = None,
         prompt: Sequence[int] = (),
     ):
@@ -135,8 +132,9 @@ class TrainStream:
         Args:
             config: what is read.
             task_ids: id of every task of the mixture, from 1 on.
-            process_index: of this process; it reads the shards and rows that are its part.
-            process_count: number of processes.
+            reader: of this process; it makes its part of the rows (`sharding.readers`). It reads
+                its share of the shards, or takes its part of one that several readers read.
+            readers: how many parts there are.
             owners: of the tasks, where a block of rows may hold several tasks of one owner.
             prompt: tokens in front of every input, which take room of `Data.inputs_length`.
 
@@ -144,7 +142,7 @@ class TrainStream:
             UserError: a value that cannot be used, or a task without the split.
         """
         self.config = config
-        self.num_shards = _checked_shards(config, process_count)
+        shards = _checked_shards(config, readers)
         rates = rates_of(config.mixture)
         # Sorted by name, and without those never drawn: they may lack data.
         self.rates = {name: rates[name] for name in sorted(rates) if rates[name] != 0}
@@ -176,11 +174,11 @@ class TrainStream:
             check_split(task, config.split)
             self._readers.append(TaskReader(task, lengths, config.use_cached))
         # What a saved position depends on; a position of other data must not be taken for ours.
-        self.origin = {
+        self.origin: dict[str, Any] = {
             "seed": config.seed,
             "split": config.split,
             "shuffle": config.shuffle,
-            "num_shards": self.num_shards,
+            "num_shards": shards,
             # How the rows are laid out: examples that wait for a row were trimmed to its lengths.
             "pack": config.pack,
             "batch_size": config.batch_size,
@@ -196,10 +194,22 @@ class TrainStream:
         self.needs: tuple[float, ...] = ()
         self._block_draws: BlockDraws | None = None
         self._set: tuple[float, ...] = ()
-        per_process = self.num_shards // process_count
-        first = process_index * per_process
-        self._shards = [Shard(self, first + i) for i in range(per_process)]
+        self._reader, self._readers_count = reader, readers
         self._producer: _Producer | None = None
+        self._open_shards(shards)
+
+    @property
+    def num_shards(self) -> int:
+        """Virtual shards of the mixture."""
+        return self.origin["num_shards"]
+
+    def _open_shards(self, shards: int) -> None:
+        self.origin["num_shards"] = shards
+        each = max(1, shards // self._readers_count)
+        first = self._reader * shards // self._readers_count
+        self._shards = [Shard(self, first + i) for i in range(each)]
+        # Of the rows of one shard that several readers read, each takes its part.
+        self._parts = max(1, self._readers_count // shards)
 
     def reader(self, number: int) -> TaskReader:
         """Returns the reader of the task of a number, shared by the shards."""
@@ -263,6 +273,9 @@ class TrainStream:
     def _make_batch(self) -> Batch:
         parts = [shard.next_rows() for shard in self._shards]
         arrays = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+        if self._parts > 1:
+            part = self._reader % self._parts
+            arrays = {key: np.split(rows, self._parts)[part] for key, rows in arrays.items()}
         snapshots = tuple(shard.snapshot() for shard in self._shards)
         counters = add_counters([s.counters for s in snapshots])
         return Batch(arrays, counters, snapshots, self._set, self.needs)
@@ -289,6 +302,9 @@ class TrainStream:
                 f"The saved position in the data has version {state.get('version')!r}; "
                 f"this mtl_jax reads version {_STATE_VERSION}. Start a new run directory."
             )
+        if not self.config.num_shards and state.get("num_shards") != self.num_shards:
+            # Another number of processes goes on with the shards that there were.
+            self._open_shards(_fitting_shards(state["num_shards"], self._readers_count))
         # Positions from before there were blocks lack them.
         for key, ours in self.origin.items():
             if (saved := state.get(key, 0)) != ours:
@@ -312,8 +328,11 @@ class TrainStream:
         _log.info("restored the position in the data in %.1f s", time.monotonic() - started)
 
     def counters_by_task(self, batch: Batch) -> dict[str, dict[str, int]]:
-        """Returns the counters of `batch` by task and by name (see `packing.COUNTERS`)."""
-        rows = zip(self.tasks, batch.counters.tolist(), strict=True)
+        """Returns the counters of `batch`, of all processes, by task and by name.
+
+        Every process must ask. Names: `packing.COUNTERS`.
+        """
+        rows = zip(self.tasks, whole_counters(batch).tolist(), strict=True)
         return {name: dict(zip(COUNTERS, row, strict=True)) for name, row in rows}
 
     def close(self) -> None:
@@ -368,6 +387,26 @@ class _Producer:
         self._thread.join()
 
 
+def whole_state(batch: Batch) -> dict[str, Any]:
+    """The position of all processes after a batch; each of them must ask for it."""
+    return merge_states(processes.gather(batch.state))
+
+
+def whole_counters(batch: Batch) -> np.ndarray:
+    """As `Batch.counters`, of all processes; each of them must ask for it."""
+    mine = {str(snapshot.shard): snapshot.counters.tolist() for snapshot in batch.snapshots}
+    shards: dict[str, Any] = {}
+    for of_process in processes.gather(mine):
+        shards |= of_process  # several processes may read one shard
+    return add_counters([np.array(counters, np.int64) for counters in shards.values()])
+
+
+def examples_drawn(batch: Batch) -> dict[str, int]:
+    """Examples of each task since the start of training, of all processes; each must ask."""
+    drawn = whole_counters(batch)[:, COUNTERS.index("examples")].tolist()
+    return dict(zip(batch.snapshots[0].origin["tasks"], drawn, strict=True))
+
+
 def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Joins the positions of all processes into one, which any number of processes can restore."""
     shards = {index: shard for state in states for index, shard in state["shards"].items()}
@@ -384,14 +423,19 @@ def _mismatch(key: str, saved: Any, ours: Any) -> str:
     )
 
 
-def _checked_shards(config: DataConfig, process_count: int) -> int:
+def _fitting_shards(shards: int, readers: int) -> int:
+    if shards % readers and readers % shards:
+        raise UserError(
+            f"Data.num_shards = {shards} must be a multiple or a divisor of the {readers} "
+            "processes that read different rows."
+        )
+    return shards
+
+
+def _checked_shards(config: DataConfig, readers: int) -> int:
     if not config.mixture:
         raise UserError("Data.mixture is empty: name a task or mixture to train on.")
-    shards = config.num_shards or process_count
-    if shards % process_count:
-        raise UserError(
-            f"Data.num_shards = {shards} must be a multiple of the {process_count} processes."
-        )
+    shards = _fitting_shards(config.num_shards or readers, readers)
     if config.blocks and config.batch_size % (shards * config.blocks):
         raise UserError(
             f"Data.batch_size = {config.batch_size} must be a multiple of Data.blocks = "

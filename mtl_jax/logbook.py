@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from mtl_jax import config, data, flops, report
+from mtl_jax import config, data, flops, processes, report
 from mtl_jax.balance.method import GRAM
 from mtl_jax.balance_log import BalanceLog
 from mtl_jax.errors import UserError
@@ -39,7 +39,7 @@ class Logbook:
         self.step = first
         self._run, self._ledger, self._every = session.run, ledger, cfg.run.log_every
         self._names = {index: name for name, index in task_ids.items()}
-        primary = jax.process_index() == 0
+        primary = processes.primary()
         self._writer = report.MetricsWriter(
             session.run.path, cfg.run.tensorboard, resume_step=first, primary=primary
         )
@@ -56,7 +56,7 @@ class Logbook:
         self._newest: tuple[int, dict[str, jax.Array], data.Batch] | None = None
         self._fetched: list[tuple[int, dict[str, Any]]] = []
         self._padding: list[tuple[float, float]] = []
-        self._drawn: dict[str, int] = {}
+        self._batch: data.Batch | None = None  # of the newest step that was read
         self._examples = session.examples()
         self._since = time.perf_counter()
         self._interrupted = self._interruptions()
@@ -106,7 +106,7 @@ class Logbook:
             del values["gram"], values["split_half_cosine"]
         self._fetched.append((number, values))
         self._padding.append(batch.padding)
-        self._drawn = batch.examples_drawn
+        self._batch = batch
         if number % self._every == 0:
             self._write()
 
@@ -141,7 +141,8 @@ class Logbook:
             for name in ("task_loss_sum", "task_tokens", "task_correct")
         }
         tokens = max(float(sums["task_tokens"].sum()), 1.0)
-        encoder_padding, decoder_padding = np.mean(self._padding, axis=0)
+        paddings = processes.gather(np.mean(self._padding, axis=0).tolist())
+        encoder_padding, decoder_padding = np.mean(paddings, axis=0).tolist()
         real = self._encoder_positions * (1 - encoder_padding)
         real += self._decoder_positions * (1 - decoder_padding)
         speed = len(rows) * real / seconds
@@ -181,9 +182,10 @@ class Logbook:
 
     def _epochs(self) -> dict[str, float]:
         """Passes over each task's examples since the start of training."""
+        assert self._batch is not None
         return {
             report.task_metric("epochs", name): drawn / examples
-            for name, drawn in self._drawn.items()
+            for name, drawn in data.examples_drawn(self._batch).items()
             if (examples := self._examples.get(name))
         }
 
@@ -241,9 +243,10 @@ class Logbook:
     def __enter__(self) -> "Logbook":
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        # Also after an error: what was measured until then is kept.
-        if self._fetched:
+    def __exit__(self, error: object, *exception: object) -> None:
+        # Also after an error: what was measured until then is kept. Not where other processes
+        # would have to help, for they need not have failed.
+        if self._fetched and (error is None or jax.process_count() == 1):
             self._write()
         self._progress.close()
         self._writer.close()

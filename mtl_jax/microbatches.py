@@ -4,7 +4,6 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING
 
-import jax
 from jax.sharding import Mesh
 
 from mtl_jax import sharding, task_info
@@ -40,7 +39,7 @@ def with_blocks(config: "Config", mesh: Mesh, balancer: Balancer, plan: SharingP
     if not blocks and not balancer.wants_blocks and not plan.by_task:
         return config
     if not blocks:
-        shards = config.data.num_shards or jax.process_count()
+        shards = config.data.num_shards or sharding.readers(mesh)[1]
         rows = config.data.batch_size // math.lcm(sharding.replicas(mesh), shards)
         wanted = len({block_of(task, config, balancer, plan) for task in plan.names})
         blocks = parts if parts > 1 else _blocks(rows, wanted)

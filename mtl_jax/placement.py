@@ -55,8 +55,8 @@ def on_mesh(mesh: Mesh) -> Placement:
     """Rows over the axes `data` and `fsdp` of a mesh."""
     rows, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
     return Placement(
-        put=lambda arrays: jax.device_put(
-            arrays, jax.tree.map(lambda x: rows if np.ndim(x) else everywhere, arrays)
+        put=lambda arrays: jax.tree.map(
+            lambda x: sharding.put_whole(rows if np.ndim(x) else everywhere, np.asarray(x)), arrays
         ),
         replicated=everywhere,
         row_multiple=mesh.shape["data"] * mesh.shape["fsdp"],

@@ -12,12 +12,12 @@ import contextlib
 import datetime
 import json
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from mtl_jax import processes
 from mtl_jax.errors import UserError
 from mtl_jax.run_directory import RunDirectory
 from mtl_jax.storage import read_jsonl, storage_errors, truncate_jsonl
@@ -200,11 +200,11 @@ class Progress:
           total: the last step.
           start: the step that the run continues from.
           label: what is counted; another bar than that of the steps vanishes when it is full.
-          stream: where to write; standard error by default.
+          stream: where to write; by default the standard error of the primary process.
           interval: seconds between two lines when `stream` is no terminal.
           clock: seconds; for tests.
         """
-        self._stream = stream or sys.stderr
+        self._stream = stream or processes.screen()
         self._total = total
         self._interval = interval
         self._clock = clock

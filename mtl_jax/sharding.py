@@ -213,6 +213,29 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def readers(mesh: Mesh) -> tuple[int, int]:
+    """Which part of a batch's rows this process feeds, and how many parts there are.
+
+    Processes whose devices hold the same rows (`tensor` reaches over several processes) are one
+    reader: they read the same examples.
+
+    Raises:
+      UserError: the processes' rows overlap in part, so that none can read a part of its own.
+    """
+    rows: Any = batch_sharding(mesh).devices_indices_map((replicas(mesh), 1))
+    of_process: dict[int, set[int]] = {}
+    for device, (part, _) in rows.items():
+        of_process.setdefault(device.process_index, set()).add(part.start or 0)
+    parts = sorted({tuple(sorted(found)) for found in of_process.values()})
+    even = sum(map(len, parts)) == replicas(mesh) and len({len(part) for part in parts}) == 1
+    if not even or any(part[-1] - part[0] >= len(part) for part in parts):
+        raise UserError(
+            f"The mesh {dict(mesh.shape)} gives the {len(of_process)} processes rows that overlap "
+            "in part: let Mesh.tensor be a divisor or a multiple of the devices of a process."
+        )
+    return parts.index(tuple(sorted(of_process[jax.process_index()]))), len(parts)
+
+
 def put_batch(mesh: Mesh, arrays: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
     """This process's rows as global arrays [global rows, length] on the mesh."""
     sharding = batch_sharding(mesh)
@@ -220,6 +243,13 @@ def put_batch(mesh: Mesh, arrays: Mapping[str, np.ndarray]) -> dict[str, jax.Arr
         name: jax.make_array_from_process_local_data(sharding, array)
         for name, array in arrays.items()
     }
+
+
+def put_whole(sharding: NamedSharding, array: np.ndarray) -> jax.Array:
+    """An array that every process has whole, on the devices; each keeps its part of it."""
+    if jax.process_count() == 1:
+        return jax.device_put(array, sharding)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 @contextlib.contextmanager

@@ -1,11 +1,10 @@
 """What a run starts from: fresh parameters, or those of a checkpoint, renamed or taken in part."""
 
-import sys
 from typing import Any
 
 import jax
 
-from mtl_jax import build, model, patterns, restore, step
+from mtl_jax import build, model, patterns, processes, restore, sharding, step
 from mtl_jax.balance.method import REFERENCE
 from mtl_jax.checkpoint import Checkpointer
 from mtl_jax.errors import UserError
@@ -32,14 +31,16 @@ def start_state(session: build.Session) -> step.TrainState:
         if cfg.restore_optimizer == "keep":
             _check_tasks(session, meta, place)
             state = checkpointer.restore(number, session.abstract_state)[0]
-            print(f"Restored parameters and optimizer state from {place}", file=sys.stderr)
+            print(f"Restored parameters and optimizer state from {place}", file=processes.screen())
             return state
         wanted = session.abstract_plain if plain else session.abstract_state.params
         if cfg.restore_map:
             given = _mapped(session, checkpointer, number, place, wanted)
         else:
             params, _ = checkpointer.restore_parameters(number, wanted)
-            print(f"Restored the parameters from {place}; a fresh optimizer", file=sys.stderr)
+            print(
+                f"Restored the parameters from {place}; a fresh optimizer", file=processes.screen()
+            )
             given = patterns.by_path(params)
         return session.shared_state(given) if plain else session.fresh_state(given)
 
@@ -69,10 +70,19 @@ def _mapped(
         sought = patterns.as_tree({source: wanted[path] for source, path in part.items()})
         found, _ = checkpointer.restore_parameters(number, sought, some=True)
         given |= {part[source]: array for source, array in patterns.by_path(found).items()}
-    print(restore.summary(made, wanted, stored, place), file=sys.stderr)
+    print(restore.summary(made, wanted, stored, place), file=processes.screen())
     for difference in session.model_differences(checkpointer.meta(number)):
-        print(f"  another architecture: its {difference}", file=sys.stderr)
+        print(f"  another architecture: its {difference}", file=processes.screen())
     return given
+
+
+def replicated_key(mesh: jax.sharding.Mesh, seed: int, number: int) -> jax.Array:
+    """A key for random numbers, `number` of those of `seed`, whole on every device."""
+
+    def make() -> jax.Array:
+        return jax.random.fold_in(jax.random.key(seed), number)
+
+    return jax.jit(make, out_shardings=sharding.replicated(mesh))()
 
 
 def abstract_reference(session: build.Session) -> model.Params | None:
@@ -103,5 +113,5 @@ def reference_params(session: build.Session) -> model.Params | None:
         return None
     path = session.balancer.method.reference  # type: ignore[union-attr]
     params, number = build.load_params(session, path)
-    print(f"Compared with the frozen model of {path} at step {number:,}", file=sys.stderr)
+    print(f"Compared with the frozen model of {path} at step {number:,}", file=processes.screen())
     return params

@@ -13,7 +13,18 @@ from typing import Any
 
 import jax
 
-from mtl_jax import build, config, data, dry_run, report, sharding, starting, step, tokenizer
+from mtl_jax import (
+    build,
+    config,
+    data,
+    dry_run,
+    processes,
+    report,
+    sharding,
+    starting,
+    step,
+    tokenizer,
+)
 from mtl_jax.checkpoint import Checkpointer
 from mtl_jax.errors import UserError
 from mtl_jax.logbook import Logbook
@@ -36,12 +47,15 @@ def main(args: argparse.Namespace) -> int:
         raise UserError("Data.mixture is empty: name a registered task or mixture to train on.")
     if args.dry_run:
         starting.check_reference(session)
-        print(dry_run.describe(session, compile_step(session)))
+        text = dry_run.describe(session, compile_step(session))
+        if processes.primary():
+            print(text)
         return 0
     train(session, argv=args.argv)
-    print_results(session)
-    print(f"Run directory: {session.run.path}")
-    print(f"Report: {report.write_report(session.run.path)}")
+    if processes.primary():
+        print_results(session)
+        print(f"Run directory: {session.run.path}")
+        print(f"Report: {report.write_report(session.run.path)}")
     return 0
 
 
@@ -57,7 +71,7 @@ def train(session: build.Session, argv: list[str]) -> None:
         task_ids = run.task_ids(tasks)
         stream = closing.enter_context(
             data.TrainStream(
-                *(cfg.data, task_ids, jax.process_index(), jax.process_count()),
+                *(cfg.data, task_ids, *sharding.readers(mesh)),
                 {name: session.block_of(name) for name in tasks},
                 prompt_ids(session.sharing),
             )
@@ -94,8 +108,7 @@ def train(session: build.Session, argv: list[str]) -> None:
 
         # -------------------------------------------------------------- compile
         # Not the key of the parameters: dropout must not repeat what made them.
-        rng = jax.random.fold_in(jax.random.key(cfg.run.seed), 1)
-        rng = jax.device_put(rng, sharding.replicated(mesh))
+        rng = starting.replicated_key(mesh, cfg.run.seed, 1)
         with ledger("compile"):
             update, reference = compile_step(session), starting.reference_params(session)
         with ledger("data"):
@@ -121,7 +134,7 @@ def train(session: build.Session, argv: list[str]) -> None:
             if last or due(number, cfg.checkpoint.every):
                 book.flush()  # a loss that is not finite must stop the run before it is saved
                 with ledger("checkpoint"):
-                    checkpointer.save(number, state, batch.state, meta, scores)
+                    checkpointer.save(number, state, data.whole_state(batch), meta, scores)
         with ledger("checkpoint"):
             checkpointer.wait()
         book.finish(stream.counters_by_task(ahead[1]), session.rates(state))
@@ -202,7 +215,7 @@ def describe_run(session: build.Session, argv: list[str]) -> None:
 
 def say(line: str) -> None:
     """A line for whoever watches; results go to standard output, this does not."""
-    print(line, file=sys.stderr, flush=True)
+    print(line, file=processes.screen(), flush=True)
 
 
 def print_results(session: build.Session) -> None:
@@ -231,6 +244,7 @@ def evaluate_main(args: argparse.Namespace) -> int:
     rows = session.evaluator().run(params, tasks, number, run.path, progress)
     seconds = time.perf_counter() - start
     say(f"Evaluated {len(tasks)} tasks at step {number:,} of {path} in {seconds:.0f} s")
-    print(report.results_table(rows), end="")
-    print(f"Report: {report.write_report(run.path)}")
+    if processes.primary():
+        print(report.results_table(rows), end="")
+        print(f"Report: {report.write_report(run.path)}")
     return 0

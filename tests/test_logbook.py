@@ -12,6 +12,7 @@ from mtl_jax.data_config import DataConfig
 from mtl_jax.errors import UserError
 from mtl_jax.logbook import Logbook
 from mtl_jax.model_config import T5Config
+from mtl_jax.packing import COUNTERS
 from mtl_jax.report import Ledger
 from mtl_jax.run_config import RunConfig
 from mtl_jax.run_directory import RunDirectory
@@ -55,9 +56,12 @@ def metrics(losses, tokens, correct=(0, 0), **changes):
 
 def batch(encoder=0.0, decoder=0.0, drawn=0):
     """What the logbook reads of a batch: shares of padding, and examples so far."""
-    return types.SimpleNamespace(
-        padding=(encoder, decoder), examples_drawn={"first": drawn, "second": 3}
+    counters: np.ndarray = np.zeros((2, len(COUNTERS)), np.int64)
+    counters[:, COUNTERS.index("examples")] = drawn, 3
+    of_shard = types.SimpleNamespace(
+        shard=0, counters=counters, origin={"tasks": ["first", "second"]}
     )
+    return types.SimpleNamespace(padding=(encoder, decoder), snapshots=(of_shard,))
 
 
 def lines(session):

@@ -1,0 +1,165 @@
+"""A job of several processes: how they find one another, what they tell one another, how they end.
+
+Every process runs the same program. Arrays are spread over the devices of all of them; what is
+written once is written by the primary process. Whatever calls `gather` must do so in every process
+and in the same order, as each waits for all others.
+"""
+
+import argparse
+import glob
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any, NoReturn, TextIO
+
+import jax
+import numpy as np
+
+from mtl_jax.errors import UserError
+
+# Flag and environment variable of each part of an address.
+_FLAGS = {
+    "coordinator_address": "JAX_COORDINATOR_ADDRESS",
+    "num_processes": "JAX_NUM_PROCESSES",
+    "process_id": "JAX_PROCESS_ID",
+}
+
+_NOWHERE = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+
+
+def start(args: argparse.Namespace) -> None:
+    """Joins the job that the flags, or the environment, tell of; alone: nothing happens.
+
+    Before any computation of JAX. Sought in this order: the flags `--coordinator_address`,
+    `--num_processes` and `--process_id`; their like in the environment (`JAX_NUM_PROCESSES`, ...);
+    then what `launcher` finds, where JAX knows all three.
+
+    Raises:
+      UserError: a part is missing or out of range, or the others do not come in time.
+    """
+    given = {name: _given(args, name) for name in _FLAGS}
+    missing = [name for name, value in given.items() if value is None]
+    if len(missing) == len(given):
+        if not launcher(os.environ):
+            return
+        given = {}
+    elif missing:
+        raise UserError(
+            f"A job of several processes needs --{missing[0]} too (or {_FLAGS[missing[0]]} in the "
+            "environment): give --coordinator_address HOST:PORT of process 0, --num_processes and "
+            "--process_id."
+        )
+    else:
+        _check(given)
+    waiting, silence = args.process_start_timeout, args.process_timeout
+    try:
+        jax.distributed.initialize(
+            **given, initialization_timeout=waiting, heartbeat_timeout_seconds=silence
+        )
+    except (RuntimeError, ValueError) as error:
+        where = given.get("coordinator_address") or f"the coordinator that {_found()} names"
+        reason = str(error).strip().splitlines()[0][:200]
+        raise UserError(
+            f"The processes of the job did not find one another at {where} ({reason}). Was every "
+            f"process started, within {waiting} s of the first, and can it reach that address?"
+        ) from error
+
+
+def _found() -> str:
+    return launcher(os.environ)
+
+
+def _given(args: argparse.Namespace, name: str) -> Any:
+    flag = getattr(args, name)
+    if flag is not None:
+        return flag
+    value = os.environ.get(_FLAGS[name])
+    if value is None or name == "coordinator_address":
+        return value or None
+    if not value.isdigit():
+        raise UserError(f"The environment variable {_FLAGS[name]} is no number: {value!r}.")
+    return int(value)
+
+
+def _check(given: Mapping[str, Any]) -> None:
+    address, count, number = (given[name] for name in _FLAGS)
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise UserError(f"--coordinator_address = {address!r} must be HOST:PORT.")
+    if not 0 <= number < count:
+        raise UserError(
+            f"--process_id = {number} must be one of 0 to {count - 1}: --num_processes is {count}."
+        )
+
+
+def launcher(environment: Mapping[str, str]) -> str:
+    """What started this process as one of several, by the variables that it sets; "": nothing.
+
+    Args:
+      environment: `os.environ`.
+    """
+
+    def several(name: str) -> bool:
+        return environment.get(name, "").isdigit() and int(environment[name]) > 1
+
+    if "SLURM_PROCID" in environment and several("SLURM_NTASKS"):
+        return "SLURM"
+    if several("OMPI_COMM_WORLD_SIZE"):
+        return "Open MPI"
+    if "," in environment.get("TPU_WORKER_HOSTNAMES", "") or several("MEGASCALE_NUM_SLICES"):
+        return "the TPU pod"
+    # A TPU machine that says nothing of its neighbours: JAX asks the machine's metadata.
+    on_tpu = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")
+    wanted = environment.get("JAX_PLATFORMS", "tpu")
+    single = environment.get("TPU_WORKER_HOSTNAMES") == "localhost"
+    if on_tpu and importlib.util.find_spec("libtpu") and "tpu" in wanted and not single:
+        return "the TPU pod"
+    return ""
+
+
+def primary() -> bool:
+    """Whether this process writes what is written once."""
+    return jax.process_index() == 0
+
+
+def screen() -> TextIO:
+    """Where progress is told: the standard error of the primary process; of others nowhere."""
+    return sys.stderr if primary() else _NOWHERE
+
+
+def gather(value: Any) -> list[Any]:
+    """JSON-able values of all processes, in their order; every process gets all of them."""
+    if jax.process_count() == 1:
+        return [value]
+    from jax.experimental import multihost_utils
+
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    lengths = np.ravel(multihost_utils.process_allgather(np.array([text.size], np.int32)))
+    padded = np.pad(text, (0, int(lengths.max()) - text.size))
+    texts = multihost_utils.process_allgather(padded)
+    return [
+        json.loads(row[:length].tobytes())
+        for row, length in zip(np.asarray(texts), lengths.tolist(), strict=True)
+    ]
+
+
+def several() -> bool:
+    """Whether this process is one of several."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def place() -> str:
+    """This process in words, such as `3 of 8`; counted from 0, as the launchers do."""
+    return f"{jax.process_index()} of {jax.process_count()}"
+
+
+def abort(status: int) -> NoReturn:
+    """Ends this process at once, as its part of the job has failed.
+
+    An orderly end would wait for the other processes, which wait for this one.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
