@@ -5,32 +5,32 @@ for each row, that gives the answers a classifier may choose from (`yes ||| no`)
 
 Differences from PromptSource (bigscience-workshop/promptsource, `templates.py`), all on purpose:
 fields that a row lacks are errors instead of empty text, `choice` and `random` depend only on the
-template and the row instead of on global random state, and text is never cut off.
+template and the row instead of on global random state, text is never cut off, and templates work
+within the limits of `sandbox`.
 """
 
 import dataclasses
-import gzip
 import hashlib
 import json
 import random
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import jinja2.meta
-from jinja2.sandbox import SandboxedEnvironment
 
 from mtl_jax.errors import UserError, suggest
+from mtl_jax.tasks import sandbox
+from mtl_jax.tasks.prompt_files import label, read_entries
 
 SEPARATOR = "|||"
 # A row's own "|||" must not be taken for the separator: while rendering, it is written in
 # characters of private use, and so is the first of these where a row has it.
 _ESCAPE = "\ue000"
 _ESCAPED_SEPARATOR, _ESCAPED_ESCAPE = _ESCAPE + "\ue001", _ESCAPE + "\ue002"
-_RANDOM = "mtl_jax_random"
-_HIDDEN_GLOBALS = ("lipsum", "cycler", "joiner")  # random or stateful: no use in a prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,37 +42,11 @@ class Rendered:
     choices: list[str]
 
 
-@jinja2.pass_context
-def _choice(context: jinja2.runtime.Context, items: Sequence[Any]) -> Any:
-    return context.resolve(_RANDOM).choice(list(items))
-
-
-def _most_frequent(items: Sequence[Any]) -> list[Any] | None:
-    """All items that occur most often, in the order of their first occurrence."""
-    if not items:
-        return None
-    counts = Counter(items).most_common()
-    return [item for item, count in counts if count == counts[0][1]]
-
-
-def _make_environment() -> jinja2.Environment:
-    # Not the immutable sandbox: templates do use `list.append`, and `render` hands them copies.
-    environment = SandboxedEnvironment(undefined=jinja2.StrictUndefined, cache_size=0)
-    environment.filters.update(
-        choice=_choice, random=_choice, most_frequent=_most_frequent, zip=zip, highlight=str
-    )
-    environment.globals.update(most_frequent=_most_frequent, zip=zip, choice=_choice)
-    for name in _HIDDEN_GLOBALS:
-        environment.globals.pop(name, None)
-    return environment
-
-
-_ENVIRONMENT = _make_environment()
-
-
 def _protect(value: Any) -> Any:
     if isinstance(value, str):
         return value.replace(_ESCAPE, _ESCAPED_ESCAPE).replace(SEPARATOR, _ESCAPED_SEPARATOR)
+    if value is None or isinstance(value, (int, float)):  # the usual; other checks are slow
+        return value
     if isinstance(value, Mapping):
         return {key: _protect(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -100,9 +74,10 @@ class Template:
         choices_in_prompt: the input itself names the choices.
         metrics: names of the metrics that PromptSource proposes.
         languages: codes of the languages of the prompt.
+        reference: where the wording comes from.
 
     Raises:
-        UserError: the Jinja of the template cannot be parsed (names template and line).
+        UserError: the Jinja of the template cannot be compiled (names template and line).
     """
 
     name: str
@@ -112,16 +87,26 @@ class Template:
     choices_in_prompt: bool = False
     metrics: tuple[str, ...] = ()
     languages: tuple[str, ...] = ("en",)
+    reference: str = ""
 
     def __post_init__(self) -> None:
         compiled = {}
         for field in ("jinja", "answer_choices"):
+            text = getattr(self, field)
+            if field == "answer_choices" and "{" not in text:  # compiling takes milliseconds
+                continue
             try:
-                compiled[field] = _ENVIRONMENT.from_string(getattr(self, field) or "")
+                with sandbox.allowance():
+                    compiled[field] = sandbox.ENVIRONMENT.from_string(text)
             except jinja2.TemplateSyntaxError as error:
                 raise UserError(
                     f"Template {self.name!r}: {field} is no valid Jinja, line {error.lineno}: "
-                    f"{error.message}."
+                    f"{(error.message or '').rstrip('.')}."
+                ) from error
+            except Exception as error:  # nested too deep, a constant that cannot be computed
+                raise UserError(
+                    f"Template {self.name!r}: {field} cannot be compiled: "
+                    f"{type(error).__name__}: {error}."
                 ) from error
         object.__setattr__(self, "_compiled", compiled)
 
@@ -146,18 +131,18 @@ class Template:
                 "'answer_choices' is reserved for the template's choices; rename the field."
             )
         values = _protect(row)
-        values[_RANDOM] = _LazyRandom(self.name, row)
+        chooser = _LazyRandom(self.name, row)
         choices: list[str] = []
         if self.answer_choices:
             text = self.answer_choices
             if "{" in text:  # most lists of choices are the same for every row
-                text = self._render_part("answer_choices", values, row, row_name)
+                text = self._render_part("answer_choices", values, row, row_name, chooser)
             choices = [choice for choice in _split(text) if choice]
             # Inside the template the choices are protected like every other text of the row.
             values["answer_choices"] = _protect(choices)
         else:
             values["answer_choices"] = None
-        parts = _split(self._render_part("jinja", values, row, row_name))
+        parts = _split(self._render_part("jinja", values, row, row_name, chooser))
         if len(parts) == 1 and not parts[0]:
             return None
         if len(parts) != 2:
@@ -171,17 +156,23 @@ class Template:
         return Rendered(inputs, targets, choices)
 
     def _render_part(
-        self, field: str, values: Mapping[str, Any], row: Mapping[str, Any], row_name: str
+        self,
+        field: str,
+        values: Mapping[str, Any],
+        row: Mapping[str, Any],
+        row_name: str,
+        chooser: "_LazyRandom",
     ) -> str:
         try:
-            return self._compiled[field].render(values)  # type: ignore[attr-defined]
+            with sandbox.allowance(chooser):
+                return self._compiled[field].render(values)  # type: ignore[attr-defined]
         except Exception as error:  # template code may raise anything
             where = f"Template {self.name!r}, {_describe_row(row, row_name)}"
             raise UserError(f"{where}: {self._explain(field, row, error)}") from error
 
     def _explain(self, field: str, row: Mapping[str, Any], error: Exception) -> str:
         if isinstance(error, jinja2.UndefinedError):
-            syntax = _ENVIRONMENT.parse(getattr(self, field))
+            syntax = sandbox.ENVIRONMENT.parse(getattr(self, field))
             used = jinja2.meta.find_undeclared_variables(syntax)
             missing = sorted(
                 name for name in used - set(row) - {"answer_choices"} if name in str(error)
@@ -194,6 +185,8 @@ class Template:
             if "answer_choices" in used and not self.answer_choices:
                 return f"{field} uses answer_choices, but the template has none."
             return f"{field}: {error}."
+        if isinstance(error, sandbox.TooMuchWork):
+            return f"{field} asks for {error}."
         if isinstance(error, jinja2.exceptions.SecurityError):
             return f"{field} reaches for something a prompt may not use: {error}."
         return f"{field} fails with {type(error).__name__}: {error}."
@@ -213,6 +206,12 @@ class _LazyRandom:
         return self._random.choice(items)
 
 
+def prompt_slug(name: str) -> str:
+    """Turns a prompt's name into a part of a task's name: `"GPT-3 style"` -> `"gpt_3_style"`."""
+    plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
+    return re.sub(r"[^a-z0-9]+", "_", plain.lower()).strip("_") or "prompt"
+
+
 def _describe_row(row: Mapping[str, Any], row_name: str) -> str:
     if row_name:
         return row_name
@@ -220,70 +219,95 @@ def _describe_row(row: Mapping[str, Any], row_name: str) -> str:
     return f"row {text if len(text) <= 120 else text[:117] + '...'}"
 
 
-def _read_templates(path: Path) -> Iterator[dict[str, Any]]:
-    opener = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rt", encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                try:
-                    entry = json.loads(line)
-                    entry["dataset"], entry["name"], entry["jinja"]
-                except (ValueError, KeyError, TypeError) as error:
-                    raise UserError(
-                        f"{path}, line {number}: not a template ({type(error).__name__}: {error}). "
-                        "Each line is a JSON object with dataset, subset, name and jinja."
-                    ) from error
-                yield entry
-    except (OSError, EOFError) as error:
-        raise UserError(f"Cannot read the templates in {path}: {error}.") from error
-
-
 def load_templates(
     path: str | Path,
-    dataset: str,
+    dataset: str = "",
     subset: str | None = None,
     names: Sequence[str] | None = None,
 ) -> list[Template]:
-    """Reads the templates of one dataset from a PromptSource JSONL file (`.jsonl[.gz]`).
+    """Reads the templates of one dataset from a file, or from a folder of YAML files.
 
     Args:
-        path: file with one template a line: `dataset, subset, name, jinja, answer_choices, ...`.
-        dataset: e.g. `"super_glue"`.
-        subset: e.g. `"cb"`; None for datasets without subsets.
+        path: `.yaml` (PromptSource's or plain, see docs/prompts.md), `.jsonl[.gz]` with one
+            template a line, or a folder such as PromptSource's `templates/`.
+        dataset: e.g. `"super_glue"`; empty: the only one that the file has. Templates of a file
+            that names no dataset belong to any.
+        subset: e.g. `"cb"`; None for datasets without subsets, or with the subset in `dataset`
+            (`"super_glue/cb"`).
         names: keep only these, in this order; None keeps all in the order of the file.
 
     Raises:
-        UserError: unreadable file, malformed line, no such dataset, or no template of a given name.
+        UserError: unreadable file, malformed template, no such dataset, two templates of one name,
+            or no template of a given name.
     """
+    wanted = f"{dataset}/{subset}" if subset else dataset
+    entries = list(read_entries(_narrowed(Path(path), wanted)))
+    datasets = dict.fromkeys(map(label, entries))
+    if not wanted and len(datasets) > 1:
+        shown = [name or "one without a name" for name in datasets]
+        raise UserError(
+            f"{path} has templates of {len(shown)} datasets; say which: {_listed(shown)}."
+        )
     templates: dict[str, Template] = {}
-    known: set[tuple[str, str | None]] = set()
-    for entry in _read_templates(Path(path)):
-        known.add((entry["dataset"], entry.get("subset")))
-        if (entry["dataset"], entry.get("subset")) == (dataset, subset):
-            template = template_from_entry(entry)
-            templates[template.name] = template
+    for entry in entries:
+        if wanted and label(entry) not in (wanted, ""):
+            continue
+        template = template_from_entry(entry)
+        if template.name in templates:
+            raise UserError(f"{path} has two templates of the name {template.name!r} for {wanted}.")
+        templates[template.name] = template
     if not templates:
-        wanted = f"{dataset}/{subset}" if subset else dataset
-        near = suggest(wanted, sorted(f"{d}/{s}" if s else d for d, s in known))
+        near = suggest(wanted, sorted(datasets))
         raise UserError(f"{path} has no templates for {wanted!r}.{near}")
-    if names is None:
-        return list(templates.values())
-    for name in names:
-        if name not in templates:
-            raise UserError(
-                f"{path}: no template {name!r} for {dataset}.{suggest(name, templates)}"
-            )
-    return [templates[name] for name in names]
+    return [
+        find_template(templates, name, str(path))
+        for name in (templates if names is None else names)
+    ]
+
+
+def _narrowed(path: Path, dataset: str) -> Path:
+    """Of PromptSource's tree only the file of the dataset: reading all takes seconds."""
+    place = path / dataset
+    return place if dataset and (place / "templates.yaml").is_file() else path
+
+
+def find_template(templates: Mapping[str, Template], name: str, where: str) -> Template:
+    """Returns the template of a name, or of a name that differs in case and punctuation only.
+
+    Raises:
+        UserError: there is none; names the nearest ones.
+    """
+    if name in templates:
+        return templates[name]
+    alike = [each for each in templates if prompt_slug(each) == prompt_slug(name)]
+    if len(alike) == 1:
+        return templates[alike[0]]
+    raise UserError(
+        f"{where}: no template {name!r}.{suggest(name, templates)} There are: "
+        f"{_listed(list(templates))}."
+    )
+
+
+def _listed(names: Sequence[str], most: int = 8) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more}"
 
 
 def template_from_entry(entry: Mapping[str, Any]) -> Template:
-    """Makes a `Template` from one PromptSource entry (a line of the JSONL file)."""
+    """Makes a `Template` from one entry of a file: a flat mapping, named as `Template` is.
+
+    Metadata that the entry lacks has the defaults of `Template`; null means "not so".
+    """
+    metadata: dict[str, Any] = {
+        name: bool(entry[name]) for name in ("original_task", "choices_in_prompt") if name in entry
+    }
+    metadata |= {
+        name: tuple(entry[name] or ()) for name in ("metrics", "languages") if name in entry
+    }
     return Template(
         name=entry["name"],
         jinja=entry["jinja"],
         answer_choices=entry.get("answer_choices") or "",
-        original_task=bool(entry.get("original_task")),
-        choices_in_prompt=bool(entry.get("choices_in_prompt")),
-        metrics=tuple(entry.get("metrics") or ()),
-        languages=tuple(entry.get("languages") or ()),
+        reference=entry.get("reference") or "",
+        **metadata,
     )

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 
@@ -141,3 +142,145 @@ def test_unknown_names():
         run("show", "listed_first", "--module", "listed_module", "-n", "-1")
     with pytest.raises(UserError, match=r"'listed_modul'.*'listed_module'"):
         run("--module", "listed_modul")
+
+
+PROMPTED = """
+import seqio
+from mtl_jax.tasks.prompted import add_prompted_tasks
+from mtl_jax.tasks.prompts import Template
+
+ROWS = [{"word": w, "label": n % 2} for n, w in enumerate(("cat", "bee", "dog"))]
+FEATURE = seqio.Feature(seqio.ByteVocabulary(), add_eos=True)
+add_prompted_tasks(
+    "my/pets",
+    lambda split: ROWS,
+    [
+        Template("is it?", "{{word}}? ||| {{ answer_choices[label] }}", "pet ||| wild"),
+        Template("pets only", "{% if label == 0 %}{{word}} ||| pet{% endif %}"),
+    ],
+    {"inputs": FEATURE, "targets": FEATURE},
+    {"test": 3},
+    [],
+)
+"""
+
+
+@pytest.fixture
+def prompted(tmp_path):
+    (tmp_path / "listed_module.py").write_text(PROMPTED)
+
+
+@pytest.mark.parametrize(
+    "which",
+    [
+        ["my/pets", "--prompt", "pets only"],
+        ["my_pets", "--prompt", "pets_only"],
+        ["my_pets_is_it", "--prompt", "my_pets_pets_only"],
+        ["my_pets_pets_only"],
+    ],
+)
+def test_show_a_prompt_of_a_dataset(which, prompted, capsys):
+    run("show", *which, "--module", "listed_module", "--counts", "-n", "0")
+    assert (
+        capsys.readouterr().out
+        == """\
+my_pets_pets_only
+  dataset  my/pets
+  prompt   pets only
+  split    test (of test)
+  rows     3, of which 1 skipped
+"""
+    )
+
+
+def test_show_all_prompts_of_a_dataset(prompted, capsys):
+    run("show", "my/pets", "--module", "listed_module")
+    out = capsys.readouterr().out
+    assert out.count("example 0") == 2
+    assert "example 1" not in out
+    assert "rows" not in out
+
+
+def test_unknown_prompts(prompted):
+    module = ["--module", "listed_module"]
+    with pytest.raises(UserError, match=r"no prompt 'pets olny'.*'pets only'.*has: is it\?, pets"):
+        run("show", "my/pets", "--prompt", "pets olny", *module)
+    with pytest.raises(UserError, match=r"No task or dataset 'my/pet' is.*Did you mean 'my/pets'"):
+        run("show", "my/pet", *module)
+    with pytest.raises(UserError, match="Name a task or a dataset"):
+        run("show", *module)
+
+
+TEMPLATES = """\
+- name: is it?
+  jinja: "{{word}}? ||| {{ answer_choices[label] }}"
+  answer_choices: pet ||| wild
+- name: pets only
+  jinja: "{% if label == 0 %}{{word}} ||| cat{% endif %}"
+  answer_choices: pet ||| wild
+  reference: made up
+"""
+
+
+@pytest.fixture
+def template_files(tmp_path):
+    (tmp_path / "mine.yaml").write_text(TEMPLATES)
+    rows = ['{"word": "cat", "label": 0}', '{"word": "bee", "label": 1}']
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+
+
+def test_show_templates_that_are_not_registered(template_files, capsys):
+    run("show", "--template", "mine.yaml", "--rows", "rows.jsonl")
+    assert (
+        capsys.readouterr().out
+        == """\
+is it?
+  metadata original_task, en
+  rows     2, of which 0 skipped
+
+rows.jsonl, line 1
+  inputs   cat?
+  targets  pet
+  choices  pet ||| wild
+
+pets only
+  metadata original_task, en
+  source   made up
+  rows     2, of which 1 skipped
+  warning  the target is none of the choices: rows.jsonl, line 1
+
+rows.jsonl, line 1
+  inputs   cat
+  targets  cat
+  choices  pet ||| wild
+"""
+    )
+    run("show", "--template", "mine.yaml", "--rows", "rows.jsonl", "--prompt", "is it?")
+    out = capsys.readouterr().out
+    assert "rows.jsonl, line 2" in out
+    assert "pets only" not in out
+
+
+def test_broken_templates_are_named(template_files, tmp_path, capsys):
+    (tmp_path / "mine.yaml").write_text(TEMPLATES.replace("{{word}} |||", "{{wrod}} |||"))
+    message = r"Template 'pets only', rows\.jsonl, line 1: jinja uses the variable 'wrod'"
+    flags = ["show", "--template", "mine.yaml", "--rows", "rows.jsonl"]
+    with pytest.raises(UserError, match=rf"{message}.*Did you mean 'word'"):
+        run(*flags, "--prompt", "pets only")
+    with pytest.raises(UserError, match="1 of 2 templates are broken: 'pets only'"):
+        run(*flags)
+    assert re.search(f"broken   {message}", capsys.readouterr().out)
+
+
+def test_flags_of_templates(template_files):
+    with pytest.raises(UserError, match="--template needs --rows FILE too"):
+        run("show", "--template", "mine.yaml")
+    with pytest.raises(UserError, match="--rows needs --template FILE too"):
+        run("show", "listed_first", "--rows", "rows.jsonl")
+    flags = ["show", "--template", "mine.yaml", "--rows", "rows.jsonl"]
+    with pytest.raises(UserError, match="--split is for registered tasks"):
+        run(*flags, "--split", "test")
+    with pytest.raises(UserError, match=r"no template 'is ti'.*Did you mean"):
+        run(*flags, "--prompt", "is ti")
+    with pytest.raises(UserError, match=r"row\.jsonl: No such file.*Did you mean 'rows\.j"):
+        run("show", "--template", "mine.yaml", "--rows", "row.jsonl")

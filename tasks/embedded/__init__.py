@@ -17,6 +17,7 @@ from pathlib import Path
 import seqio
 
 from mtl_jax import metrics
+from mtl_jax.task_info import info
 from mtl_jax.tasks.embedded.families import FAMILIES
 from mtl_jax.tasks.embedded.suite import SPLIT_SIZES, Family, make_rows
 from mtl_jax.tasks.prompted import add_prompted_tasks
@@ -56,14 +57,14 @@ def register() -> None:
             _metric_fns(family),
             family=family.name,
             trained=family.trained,
-            held_out_prompts=[template.name for template in family.held_out_prompts],
+            held_out_prompts=family.held_out,
             citation=_CITATION,
         )
-        if family.trained:
-            trained += names[: len(family.prompts)]
-            unseen_prompts += names[len(family.prompts) :]
-        else:
-            unseen_families += names
+        for name in names:
+            if not family.trained:
+                unseen_families.append(name)
+            else:
+                (trained if info(name).trained else unseen_prompts).append(name)
     # Equal rates by family, whatever its number of prompts.
     for mixture, names in {
         "embedded_train": trained,

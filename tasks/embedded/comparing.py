@@ -2,7 +2,7 @@
 
 import random
 
-from mtl_jax.tasks.embedded.suite import Family, Row, prompt
+from mtl_jax.tasks.embedded.suite import Family, Row
 from mtl_jax.tasks.embedded.words import KIND_OF, NAMES, NOUNS, OPPOSITE_OF, STATES
 
 YES, NO, MAYBE = range(3)
@@ -40,35 +40,12 @@ def make_nli(rng: random.Random, label: int) -> Row:
     }
 
 
-_YES, _TRUE = "yes ||| no ||| maybe", "true ||| false ||| unknown"
-
 NLI = Family(
     name="nli",
     make=make_nli,
     identity=lambda row: [row["premise"], row["hypothesis"]],
     num_labels=3,
-    prompts=[
-        prompt(
-            "premise and hypothesis",
-            "premise: {{premise}}. hypothesis: {{hypothesis}}. answer:",
-            _YES,
-        ),
-        prompt("does it follow", "{{premise}}. does it follow that {{hypothesis}}?", _YES),
-        prompt("yes no or maybe", "{{premise}}. {{hypothesis}}. yes, no or maybe?", _YES),
-        prompt("given the text", "given: {{premise}}. question: {{hypothesis}}?", _YES),
-        prompt("true or false", "{{premise}}. true or false? {{hypothesis}}.", _TRUE),
-        prompt("the claim is", "text: {{premise}}. claim: {{hypothesis}}. the claim is", _TRUE),
-        prompt(
-            "true false or unknown", "{{hypothesis}}. true, false or unknown? {{premise}}.", _TRUE
-        ),
-    ],
-    held_out_prompts=[
-        prompt("is it true that", "{{premise}}. is it true that {{hypothesis}}?", _YES),
-        prompt("text and question", "text: {{premise}}. question: {{hypothesis}}? answer:", _YES),
-        prompt(
-            "read the text", "read the text: {{premise}}. {{hypothesis}}. true or false?", _TRUE
-        ),
-    ],
+    held_out=("is it true that", "text and question", "read the text"),
 )
 
 
@@ -89,21 +66,10 @@ def make_paraphrase(rng: random.Random, label: int) -> Row:
     return {"first": pair[0], "second": pair[1], "label": label}
 
 
-_SAME = "yes ||| no"
-
 PARAPHRASE = Family(
     name="paraphrase",
     make=make_paraphrase,
     identity=lambda row: [row["first"], row["second"]],
     num_labels=2,
     trained=False,
-    prompts=[],
-    held_out_prompts=[
-        prompt("mean the same", "{{first}}. {{second}}. do they mean the same?", _SAME),
-        prompt("first and second", "first: {{first}}. second: {{second}}. same?", _SAME),
-        prompt("yes or no", "{{first}}. {{second}}. is it the same? yes or no?", _SAME),
-        prompt("does it follow", "{{first}}. does it follow that {{second}}?", _SAME),
-        prompt("question of meaning", "question: does {{first}} mean that {{second}}?", _SAME),
-        prompt("text and claim", "text: {{first}}. claim: {{second}}. the same? answer:", _SAME),
-    ],
 )

@@ -2,7 +2,7 @@
 
 import random
 
-from mtl_jax.tasks.embedded.suite import Family, Row, prompt
+from mtl_jax.tasks.embedded.suite import Family, Row
 from mtl_jax.tasks.embedded.words import NAMES, TOPICS, listed
 
 THINGS = listed("film book meal hotel song game show trip story party museum lesson")
@@ -34,31 +34,15 @@ def make_sentiment(rng: random.Random, label: int) -> Row:
     return {"text": text, "label": label}
 
 
-_POLARITY, _QUALITY, _AGREEMENT = "positive ||| negative", "good ||| bad", "yes ||| no"
-
 SENTIMENT = Family(
     name="sentiment",
     make=make_sentiment,
     identity=lambda row: [row["text"]],
     num_labels=2,
-    prompts=[
-        prompt("review then sentiment", "review: {{text}}. sentiment:", _POLARITY),
-        prompt("positive or negative", "is this positive or negative? {{text}}", _POLARITY),
-        prompt("what is the opinion", "{{text}}. what is the opinion?", _POLARITY),
-        prompt("good or bad", "{{text}}. is this review good or bad?", _QUALITY),
-        prompt("read the text", "read the text: {{text}}. good or bad?", _QUALITY),
-        prompt("is the review positive", "review: {{text}}. is the review positive?", _AGREEMENT),
-        prompt("did they like it", "text: {{text}}. did they like it? yes or no?", _AGREEMENT),
-    ],
-    held_out_prompts=[
-        prompt("the sentiment of the text", "text: {{text}}. the sentiment is", _POLARITY),
-        prompt("answer good or bad", "answer good or bad. review: {{text}}. answer:", _QUALITY),
-        prompt("question about the review", "{{text}}. question: is it positive?", _AGREEMENT),
-    ],
+    held_out=("the sentiment of the text", "answer good or bad", "question about the review"),
 )
 
 TOPIC_NAMES = list(TOPICS)
-_ALL_TOPICS = " ||| ".join(TOPIC_NAMES)
 
 
 def _topic_sentence(rng: random.Random, first: str, second: str) -> str:
@@ -85,32 +69,7 @@ TOPIC = Family(
     make=make_topic,
     identity=lambda row: [row["text"]],
     num_labels=len(TOPIC_NAMES),
-    prompts=[
-        prompt("text then topic", "text: {{text}}. topic:", _ALL_TOPICS),
-        prompt("what is the topic", "what is the topic? {{text}}", _ALL_TOPICS),
-        prompt("what is it about", "{{text}}. what is this text about?", _ALL_TOPICS),
-        prompt(
-            "choose the topic",
-            "choose the topic: {{ answer_choices | join(', ') }}. text: {{text}}",
-            _ALL_TOPICS,
-        ),
-        prompt(
-            "which topic",
-            "{{text}}. which topic is it: {{ answer_choices | join(', ') }}?",
-            _ALL_TOPICS,
-        ),
-        prompt(
-            "read and name the topic", "read the text and name the topic. {{text}}", _ALL_TOPICS
-        ),
-    ],
-    held_out_prompts=[
-        prompt("the text is about", "text: {{text}}. the text is about", _ALL_TOPICS),
-        prompt(
-            "question with choices",
-            "{{text}}. question: what is the topic? {{ answer_choices | join(' or ') }}?",
-            _ALL_TOPICS,
-        ),
-    ],
+    held_out=("the text is about", "question with choices"),
 )
 
 # Words with one sense in each of two topics. None of them occurs in another family.
@@ -144,29 +103,10 @@ def make_word_sense(rng: random.Random, label: int) -> Row:
     return {"text": _topic_sentence(rng, *pair), "word": word, "senses": senses, "label": label}
 
 
-_SENSES = "{{ senses | join(' ||| ') }}"
-
 WORD_SENSE = Family(
     name="word_sense",
     make=make_word_sense,
     identity=lambda row: [row["text"], row["word"]],
     num_labels=2,
     trained=False,
-    prompts=[],
-    held_out_prompts=[
-        prompt("text then sense", "text: {{text}}. sense of {{word}}:", _SENSES),
-        prompt("what is the word about", "{{text}}. what is {{word}} about?", _SENSES),
-        prompt("topic of the word", "{{text}}. what is the topic of {{word}}?", _SENSES),
-        prompt(
-            "choose the sense",
-            "choose the topic of {{word}}: {{ senses | join(', ') }}. text: {{text}}",
-            _SENSES,
-        ),
-        prompt(
-            "which sense",
-            "{{text}}. which sense of {{word}} is it: {{ senses | join(' or ') }}?",
-            _SENSES,
-        ),
-        prompt("the word means", "read the text: {{text}}. the word {{word}} is about", _SENSES),
-    ],
 )

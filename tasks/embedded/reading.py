@@ -2,7 +2,7 @@
 
 import random
 
-from mtl_jax.tasks.embedded.suite import Family, Row, prompt
+from mtl_jax.tasks.embedded.suite import Family, Row
 from mtl_jax.tasks.embedded.words import CITIES, COLORS, DRINKS, JOBS, NAMES, NOUNS, PLACES, listed
 
 
@@ -37,18 +37,7 @@ QA = Family(
     identity=lambda row: [*sorted(row["context"].split(" . ")), row["question"]],
     generated=True,
     reading=True,
-    prompts=[
-        prompt("context then question", "context: {{context}}. question: {{question}}? answer:"),
-        prompt("question then context", "question: {{question}}? context: {{context}}."),
-        prompt("text and question", "{{context}}. {{question}}?"),
-        prompt("read and answer", "read the text and answer: {{question}}? {{context}}."),
-        prompt("answer the question", "{{context}}. answer the question: {{question}}?"),
-        prompt("given the text", "given: {{context}}. {{question}}? answer:"),
-    ],
-    held_out_prompts=[
-        prompt("question about the text", "text: {{context}}. question: {{question}}?"),
-        prompt("ask first", "{{question}}? read: {{context}}. answer:"),
-    ],
+    held_out=("question about the text", "ask first"),
 )
 
 PEOPLE = listed("king mayor queen artist writer captain guard student neighbor thief judge uncle")
@@ -92,18 +81,7 @@ SUMMARY = Family(
     identity=lambda row: [row["text"]],
     generated=True,
     summary=True,
-    prompts=[
-        prompt("summarize", "summarize: {{text}}."),
-        prompt("text then summary", "text: {{text}}. summary:"),
-        prompt("what happened", "{{text}}. what happened?"),
-        prompt("write a summary", "write a summary of the text: {{text}}."),
-        prompt("in short", "{{text}}. in short:"),
-        prompt("read and summarize", "read the text: {{text}}. summarize it:"),
-    ],
-    held_out_prompts=[
-        prompt("summary of the text", "{{text}}. the summary of the text is"),
-        prompt("what happened in the text", "what happened in short? text: {{text}}. answer:"),
-    ],
+    held_out=("summary of the text", "what happened in the text"),
 )
 
 # Kind of question to (questions, replies). {0} is a thing, {1} a name.
@@ -142,27 +120,13 @@ def make_dialogue(rng: random.Random, label: int) -> Row:
     }
 
 
-_REPLIES = "{{ replies | join(' ||| ') }}"
-_LISTED = "{{ replies | join(', ') }}"
-
 DIALOGUE = Family(
     name="dialogue",
     make=make_dialogue,
     # The same replies in another order are the same question, so they are in the same split.
     identity=lambda row: [row["question"], *sorted(row["replies"])],
     num_labels=3,
-    prompts=[
-        prompt("choose the reply", f"{{{{question}}}}? choose the reply: {_LISTED}.", _REPLIES),
-        prompt("replies first", f"replies: {_LISTED}. question: {{{{question}}}}?", _REPLIES),
-        prompt("which reply", f"question: {{{{question}}}}? which reply? {_LISTED}.", _REPLIES),
-        prompt("a says b says", f"a: {{{{question}}}}? {_LISTED}. b:", _REPLIES),
-        prompt("answer with one", f"answer with one: {_LISTED}. {{{{question}}}}?", _REPLIES),
-        prompt("dialogue", f"dialogue: {{{{question}}}}? choices: {_LISTED}. reply:", _REPLIES),
-    ],
-    held_out_prompts=[
-        prompt("what is the reply", f"{{{{question}}}}? {_LISTED}. what is the reply?", _REPLIES),
-        prompt("choices first", f"choices: {_LISTED}. a: {{{{question}}}}? b:", _REPLIES),
-    ],
+    held_out=("what is the reply", "choices first"),
 )
 
 
@@ -185,16 +149,5 @@ DATA_TO_TEXT = Family(
     make=make_data_to_text,
     identity=lambda row: row["content"],
     generated=True,
-    prompts=[
-        prompt("data then text", "data: {{fields}}. text:"),
-        prompt("write a sentence", "write a sentence: {{fields}}"),
-        prompt("describe", "describe: {{fields}}"),
-        prompt("fields first", "{{fields}}. write it as text."),
-        prompt("person as text", "person: {{fields}}. sentence:"),
-        prompt("read the data", "read the data and write a sentence. {{fields}}"),
-    ],
-    held_out_prompts=[
-        prompt("describe the person", "{{fields}}. describe the person:"),
-        prompt("sentence for the data", "write the data as a sentence. data: {{fields}}."),
-    ],
+    held_out=("describe the person", "sentence for the data"),
 )

@@ -10,9 +10,12 @@ import functools
 import hashlib
 import random
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
-from mtl_jax.tasks.prompts import Template
+from mtl_jax.tasks.prompts import Template, load_templates
+
+PROMPTS = Path(__file__).with_name("prompts")  # a file for each family
 
 # Rows of each family by split. This is the one place that sets the size of the suite.
 SPLIT_SIZES = {"train": 8000, "validation": 200, "test": 200}
@@ -25,7 +28,7 @@ Row = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True, eq=False)  # equal by identity, so a key of caches
 class Family:
-    """A kind of task: a generator of rows and its prompts.
+    """A kind of task: a generator of rows. Its prompts are in `prompts/{name}.yaml`.
 
     Attributes:
         name: part of the task names `embedded_{name}_{prompt}`.
@@ -33,37 +36,38 @@ class Family:
         identity: the content of a row; every prompt shows all of it, so two rows of different
             identity never render to the same text.
         num_labels: rows cycle through the labels, which balances them exactly; 1: no labels.
-        prompts: trained prompts of a trained family.
-        held_out_prompts: never trained on.
+        held_out: names of the prompts that are never trained on.
         generated: the answer is generated and compared as text, not chosen from a list.
         summary: also scored with ROUGE-L.
         reading: scored as SQuAD is, by exact match and F1 of normal forms.
-        trained: False: the whole family is never trained on.
+        trained: False: the whole family is never trained on, whatever `held_out` says.
     """
 
     name: str
     make: Callable[[random.Random, int], Row]
     identity: Callable[[Row], Sequence[Any]]
-    prompts: Sequence[Template]
-    held_out_prompts: Sequence[Template]
+    held_out: Sequence[str] = ()
     num_labels: int = 1
     generated: bool = False
     summary: bool = False
     reading: bool = False
     trained: bool = True
 
-    @property
+    @functools.cached_property
     def templates(self) -> list[Template]:
-        """All prompts, the trained ones first."""
-        return [*self.prompts, *self.held_out_prompts]
+        """All prompts, in the order of the file."""
+        return load_templates(PROMPTS / f"{self.name}.yaml")
 
+    @property
+    def prompts(self) -> list[Template]:
+        """The prompts that are trained on: none of a family that is not."""
+        held_out = self.held_out_prompts
+        return [template for template in self.templates if template not in held_out]
 
-def prompt(name: str, jinja: str, answer_choices: str = "") -> Template:
-    """A template whose target is `{{answer}}`, or the choice number `label` if it has choices."""
-    if "|||" not in jinja:
-        target = "{{ answer_choices[label] }}" if answer_choices else "{{ answer }}"
-        jinja = f"{jinja} ||| {target}"
-    return Template(name, jinja, answer_choices)
+    @property
+    def held_out_prompts(self) -> list[Template]:
+        """The prompts that are never trained on."""
+        return [t for t in self.templates if not self.trained or t.name in self.held_out]
 
 
 def split_of(family: str, identity: Sequence[Any]) -> str:

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Callable
 
-from mtl_jax.tasks.embedded.suite import Family, Row, prompt
+from mtl_jax.tasks.embedded.suite import Family, Row
 from mtl_jax.tasks.embedded.words import listed
 
 # Lumi, an invented language: nouns end in -o, adjectives in -a, verbs in -i.
@@ -73,18 +73,7 @@ TRANSLATION = Family(
     make=make_translation,
     identity=lambda row: [row["text"]],
     generated=True,
-    prompts=[
-        prompt("translate to lumi", "translate to lumi: {{text}}"),
-        prompt("english then lumi", "english: {{text}}. lumi:"),
-        prompt("what is it in lumi", "what is this in lumi? {{text}}"),
-        prompt("say in lumi", "{{text}}. say it in lumi."),
-        prompt("translate the text", "translate the text: {{text}}. lumi:"),
-        prompt("write in lumi", "write in lumi: {{text}}."),
-    ],
-    held_out_prompts=[
-        prompt("the text in lumi", "{{text}}. the text in lumi is"),
-        prompt("read and translate", "read the text: {{text}}. translate it to lumi."),
-    ],
+    held_out=("the text in lumi", "read and translate"),
 )
 
 LETTERS = listed("a b c d m n p q x y z")
@@ -130,16 +119,5 @@ ARITHMETIC = Family(
     make=make_arithmetic,
     identity=lambda row: [row["text"]],
     generated=True,
-    prompts=[
-        prompt("code then result", "code: {{text}} result:"),
-        prompt("what is the result", "what is the result? {{text}}"),
-        prompt("compute", "compute: {{text}}"),
-        prompt("the value", "{{text}} what is the value?"),
-        prompt("question and answer", "question: {{text}} answer:"),
-        prompt("run the code", "run the code: {{text}} value:"),
-    ],
-    held_out_prompts=[
-        prompt("the result is", "{{text}} the result is"),
-        prompt("compute the value", "compute the value of the code: {{text}} answer:"),
-    ],
+    held_out=("the result is", "compute the value"),
 )
