@@ -8,37 +8,26 @@ The usual way from a data set to tasks:
 
 Every task yields `inputs`, `targets` (tokens, EOS where the feature says so), their
 `*_pretokenized` texts, and `answer_choices`: the choices joined by `" ||| "`, or `""` for
-generation.
+generation. `PromptedTask` has more: variants for training, generating and ranking, and choices
+written into the input.
 """
 
-import itertools
-import re
-import unicodedata
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import seqio
-import tensorflow as tf
 
 from mtl_jax.errors import UserError, suggest
-from mtl_jax.sources import RowsDataSource
 from mtl_jax.task_info import describe
-from mtl_jax.tasks.prompts import SEPARATOR, Template
+from mtl_jax.tasks.options import with_options
+from mtl_jax.tasks.prompts import SEPARATOR, Template, prompt_slug
+from mtl_jax.tasks.rendered import Example, RenderedDataSource, Write
 
-Example = dict[str, str]
 Rows = Callable[[str], Sequence[Mapping[str, Any]]]
 
-_CHUNK = 32  # examples handed to TensorFlow at once: one call into Python costs more than a row
-_FIELDS = ("inputs", "targets", "answer_choices")
-
-_skipped: dict[tuple[str, str], int] = {}
-
-
-def prompt_slug(name: str) -> str:
-    """Turns a prompt's name into a part of a task's name: `"GPT-3 style"` -> `"gpt_3_style"`."""
-    plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
-    return re.sub(r"[^a-z0-9]+", "_", plain.lower()).strip("_") or "prompt"
+VARIANTS = ("plain", "train", "generate", "rank")
+_WITH_CHOICES = ("plain", "rank")
 
 
 def skipped_rows(task: str, split: str) -> int | None:
@@ -46,103 +35,67 @@ def skipped_rows(task: str, split: str) -> int | None:
 
     Known after one complete pass over the unsharded split, before that None.
     """
-    return _skipped.get((task, split))
+    return seqio.TaskRegistry.get(task).source.skipped(split)
 
 
-class PromptedDataSource(RowsDataSource):
-    """Renders a template over rows, lazily and in any number of shards.
-
-    SeqIO's own FunctionDataSource cannot be sharded: every shard would render every row. With
-    `shuffle` the rows of the shard are permuted as a whole; which rows are in a shard does not
-    depend on the seed.
-    """
+class PromptedDataSource(RenderedDataSource):
+    """Renders a template over rows: texts `inputs, targets, answer_choices`, and more fields."""
 
     def __init__(
-        self, task: str, dataset: str, rows: Rows, template: Template, splits: Mapping[str, int]
+        self,
+        task: str,
+        about: "PromptedTask",
+        template: Template,
+        splits: Mapping[str, int],
+        variant: str,
     ):
-        self._task, self._dataset, self._rows, self._template = task, dataset, rows, template
-        self._counts = dict(splits)
-        super().__init__(splits=tuple(splits))
+        self._task, self._template, self._variant = task, template, variant
+        self._dataset, self._rows, self._fields = about.dataset, about.rows, about.fields
+        self._counts, self._count = dict(splits), about.count
+        super().__init__(tuple(splits))
 
     def __str__(self) -> str:
-        return f"Prompt {self._template.name!r} of data set {self._dataset!r}"
+        return f"Task {self._task!r}"
 
     def num_input_examples(self, split: str) -> int:
         """Returns the number of rows, the ones that render empty included."""
-        return self._counts[split]
+        return self._counts[split] if self._count is None else self._count(split)
 
-    def skipped(self, split: str) -> int | None:
-        """See `skipped_rows`."""
-        return skipped_rows(self._task, split)
-
-    def rows(self, split: str) -> Sequence[Example]:
-        """Returns all examples of a split, rendered now, without the empty ones."""
-        return list(self.examples(split, shuffle=False))
-
-    def examples(
-        self,
-        split: str,
-        shuffle: bool = True,
-        seed: int | None = None,
-        shard_info: seqio.ShardInfo | None = None,
-        start: int = 0,
-    ) -> Iterator[Example]:
-        """Yields texts `inputs, targets, answer_choices`, from the `start`-th non-empty one on."""
-        if split not in self._counts:
-            raise UserError(
-                f"Task {self._task!r} has no split {split!r}.{suggest(split, self._counts)} "
-                f"It has: {', '.join(self._counts)}."
-            )
+    def open(self, split: str) -> tuple[int, Write]:
+        """Reads the rows of a split; each is rendered when it is asked for."""
         rows = self._rows(split)
-        shard, shards = (shard_info.index, shard_info.num_shards) if shard_info else (0, 1)
-        order_N = np.arange(shard, len(rows), shards)
-        if shuffle:
-            order_N = np.random.default_rng(seed).permutation(order_N)
-        rendered = 0
-        for example in self._render(rows, order_N, split):
-            if rendered >= start:
-                yield example
-            rendered += 1
-        if shards == 1:
-            _skipped[self._task, split] = len(rows) - rendered
 
-    def _render(
-        self, rows: Sequence[Mapping[str, Any]], order: Iterable[int], split: str
-    ) -> Iterator[Example]:
-        template, name = self._template, f"{self._dataset} {split} row"
-        for index in order:
-            rendered = template.render(rows[index], f"{name} {index}")
-            if rendered is None:
-                continue
-            if any(SEPARATOR in choice for choice in rendered.choices):
-                raise UserError(
-                    f"Template {template.name!r}, {name} {index}: a choice contains "
-                    f"'{SEPARATOR}', which separates choices; change the text of the row."
-                )
-            yield {
-                "inputs": rendered.inputs,
-                "targets": rendered.targets,
-                "answer_choices": f" {SEPARATOR} ".join(rendered.choices),
-            }
+        def write(index: int, seed: int | None) -> Example | None:
+            del seed  # a prompt says the same in every epoch
+            return self._render(rows[index], f"{self._dataset} {split} row {index}")
 
-    def get_dataset(
-        self,
-        split: str = "train",
-        shuffle: bool = True,
-        seed: int | None = None,
-        shard_info: seqio.ShardInfo | None = None,
-        **unused_by_rows: Any,
-    ) -> tf.data.Dataset:
-        """Returns the examples as a dataset of scalar strings, rendered while it is read."""
-        seed = None if seed is None else int(seed)
+        return len(rows), write
 
-        def chunks() -> Iterator[dict[str, list[str]]]:
-            examples = self.examples(split, shuffle, seed, shard_info)
-            while chunk := list(itertools.islice(examples, _CHUNK)):
-                yield {name: [example[name] for example in chunk] for name in _FIELDS}
-
-        strings = {name: tf.TensorSpec([None], tf.string) for name in _FIELDS}
-        return tf.data.Dataset.from_generator(chunks, output_signature=strings).unbatch()
+    def _render(self, row: Mapping[str, Any], name: str) -> Example | None:
+        rendered = self._template.render(row, name)
+        if rendered is None:
+            return None
+        choices = rendered.choices if self._variant in _WITH_CHOICES else []
+        where = f"Template {self._template.name!r}, {name}"
+        if any(SEPARATOR in choice for choice in choices):
+            raise UserError(
+                f"{where}: a choice contains '{SEPARATOR}', which separates choices; change the "
+                "text of the row."
+            )
+        if self._variant == "rank" and not choices:
+            raise UserError(
+                f"{where}: there are no answer choices to rank; let answer_choices give some for "
+                "every row."
+            )
+        example: Example = {
+            "inputs": rendered.inputs,
+            "targets": rendered.targets,
+            "answer_choices": f" {SEPARATOR} ".join(choices),
+        }
+        more = self._fields(row) if self._fields else {}
+        if taken := example.keys() & more.keys():
+            raise UserError(f"{where}: fields gives {min(taken)!r}, which the prompt gives.")
+        return example | more
 
 
 def _task_names(name_format: str, dataset: str, templates: Sequence[Template]) -> list[str]:
@@ -158,23 +111,20 @@ def _task_names(name_format: str, dataset: str, templates: Sequence[Template]) -
     return names
 
 
-def add_prompted_tasks(
-    dataset: str,
-    rows: Rows,
-    templates: Sequence[Template],
-    output_features: Mapping[str, seqio.Feature],
-    splits: Mapping[str, int] | Sequence[str],
-    metric_fns: Sequence[Callable[..., Any]],
-    *,
-    family: str = "",
-    trained: bool = True,
-    held_out_prompts: Collection[str] = (),
-    name_format: str = "{dataset}_{prompt}",
-    citation: str = "",
-) -> list[str]:
-    """Registers one SeqIO Task for each template and returns their names.
+@dataclasses.dataclass(frozen=True)
+class PromptedTask:
+    """A data set and its prompts: one SeqIO Task for each template and variant.
 
-    Args:
+    The variants:
+
+    * `plain`: as rendered. It trains, and is ranked where the template has answer choices and
+      generated where not. Most data sets need no other.
+    * `train`: for training alone: no answer choices, no metrics, and only the split `train`.
+    * `generate`: without its answer choices, so that the model generates and the metrics compare
+      texts.
+    * `rank`: every template must have answer choices, and so must every row.
+
+    Attributes:
         dataset: name of the data set; first part of the tasks' names.
         rows: gives the rows of a split; called when a task is read. Keep the rows cached there if
             they are expensive: every prompt asks again.
@@ -182,43 +132,145 @@ def add_prompted_tasks(
         output_features: `inputs` and `targets`. T0's evaluation has no EOS on its inputs:
             `seqio.Feature(vocabulary, add_eos=False)`.
         splits: split to number of rows (read by `seqio.mixing_rate_num_examples`); or split names,
-            then all rows are counted now.
+            then all rows are counted on registering.
         metric_fns: SeqIO metric functions over (targets, predictions).
         family: the kind of task, for the tables of results.
         trained: False where the whole data set is held out.
         held_out_prompts: names of templates that are never trained on.
-        name_format: of the tasks' names, with `{dataset}` and `{prompt}` as slugs.
+        name_format: of the tasks' names, with `{dataset}` and `{prompt}` as slugs. Variants but the
+            plain one add `_train`, `_generate` or `_rank`.
         citation: where the data comes from.
+        options: how the choices are written into the input (`options.STYLES`); it becomes part of
+            the prompts' names.
+        shuffled_options: write them in an order drawn for each row.
+        postprocess: SeqIO's `fn(text, example=fields, is_target=bool)`, applied to targets and
+            predictions before the metrics.
+        fields: further fields of an example, from its row, for `postprocess`: texts, numbers or
+            lists of texts.
+        group: the name under which results are summed up (`TaskInfo.dataset`); empty: `dataset`.
+        count: gives the number of rows of a split when it is asked for, so that registering reads
+            nothing; `splits` are then names alone.
+    """
+
+    dataset: str
+    rows: Rows
+    templates: Sequence[Template]
+    output_features: Mapping[str, seqio.Feature]
+    splits: Mapping[str, int] | Sequence[str]
+    metric_fns: Sequence[Callable[..., Any]]
+    family: str = ""
+    trained: bool = True
+    held_out_prompts: Collection[str] = ()
+    name_format: str = "{dataset}_{prompt}"
+    citation: str = ""
+    options: str = "none"
+    shuffled_options: bool = False
+    postprocess: Callable[..., Any] | None = None
+    fields: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
+    group: str = ""
+    count: Callable[[str], int] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.templates:
+            raise UserError(
+                f"Data set {self.dataset!r}: no templates, so there is no task to register."
+            )
+        known = [template.name for template in self.templates]
+        for name in self.held_out_prompts:
+            if name not in known:
+                raise UserError(
+                    f"Data set {self.dataset!r}: the held-out prompt {name!r} is not among the "
+                    f"templates.{suggest(name, known)}"
+                )
+
+    def register(self, variants: Sequence[str] = ("plain",)) -> list[str]:
+        """Registers the tasks and returns their names, variant after variant.
+
+        Raises:
+            UserError: an unknown variant; `rank` or `options` and a template without answer
+                choices; `train` without a split of this name.
+        """
+        splits = self.splits
+        if isinstance(splits, Mapping):
+            counts = dict(splits)
+        else:
+            counts = {s: 0 if self.count else len(self.rows(s)) for s in splits}
+        for variant in variants:
+            self._check(variant, counts)
+        templates = [
+            with_options(template, self.options, self.shuffled_options)
+            for template in self.templates
+        ]
+        names = []
+        for variant in variants:
+            suffix = "" if variant == "plain" else f"_{variant}"
+            of_variant = {"train": counts["train"]} if variant == "train" else counts
+            of_templates = _task_names(self.name_format + suffix, self.dataset, templates)
+            for name, own, template in zip(of_templates, self.templates, templates, strict=True):
+                trained = self.trained and own.name not in self.held_out_prompts
+                self._add(name, template, variant, of_variant, trained)
+            names += of_templates
+        return names
+
+    def _check(self, variant: str, counts: Collection[str]) -> None:
+        if variant not in VARIANTS:
+            raise UserError(
+                f"Data set {self.dataset!r}: there is no variant {variant!r}."
+                f"{suggest(variant, VARIANTS)} The variants are {', '.join(VARIANTS)}."
+            )
+        if variant == "train" and "train" not in counts:
+            raise UserError(
+                f"Data set {self.dataset!r}: the variant 'train' needs a split of this name; there "
+                f"{'is' if len(counts) == 1 else 'are'} {', '.join(counts)}."
+            )
+        if variant != "rank":
+            return
+        for template in self.templates:
+            if not template.answer_choices:
+                raise UserError(
+                    f"Data set {self.dataset!r}: template {template.name!r} has no answer_choices, "
+                    "so there is nothing to rank; leave it out or take the variant 'generate'."
+                )
+
+    def _add(
+        self, name: str, template: Template, variant: str, counts: Mapping[str, int], trained: bool
+    ) -> None:
+        describe(
+            name,
+            dataset=self.group or self.dataset,
+            prompt=template.name,
+            family=self.family,
+            trained=trained,
+            citation=self.citation,
+            original=template.original_task,
+            language=template.languages[0] if len(template.languages) == 1 else "",
+        )
+        seqio.TaskRegistry.add(
+            name,
+            source=PromptedDataSource(name, self, template, counts, variant),
+            preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos],
+            output_features=dict(self.output_features),
+            postprocess_fn=self.postprocess,
+            metric_fns=[] if variant == "train" else list(self.metric_fns),
+            shuffle_buffer_size=None,  # the source permutes the whole split
+        )
+
+
+def add_prompted_tasks(
+    dataset: str,
+    rows: Rows,
+    templates: Sequence[Template],
+    output_features: Mapping[str, seqio.Feature],
+    splits: Mapping[str, int] | Sequence[str],
+    metric_fns: Sequence[Callable[..., Any]],
+    **more: Any,
+) -> list[str]:
+    """Registers one SeqIO Task for each template: the plain variant of a `PromptedTask`.
+
+    All arguments are the fields of `PromptedTask`. Returns the tasks' names.
 
     Raises:
         UserError: no templates, or `held_out_prompts` names one that is not there.
     """
-    if not templates:
-        raise UserError(f"Data set {dataset!r}: no templates, so there is no task to register.")
-    known = [template.name for template in templates]
-    for name in held_out_prompts:
-        if name not in known:
-            raise UserError(
-                f"Data set {dataset!r}: the held-out prompt {name!r} is not among the templates."
-                f"{suggest(name, known)}"
-            )
-    counts = dict(splits) if isinstance(splits, Mapping) else {s: len(rows(s)) for s in splits}
-    names = _task_names(name_format, dataset, templates)
-    for name, template in zip(names, templates, strict=True):
-        describe(
-            name,
-            dataset=dataset,
-            prompt=template.name,
-            family=family,
-            trained=trained and template.name not in held_out_prompts,
-            citation=citation,
-        )
-        seqio.TaskRegistry.add(
-            name,
-            source=PromptedDataSource(name, dataset, rows, template, counts),
-            preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos],
-            output_features=dict(output_features),
-            metric_fns=list(metric_fns),
-            shuffle_buffer_size=None,  # the source permutes the whole split
-        )
-    return names
+    task = PromptedTask(dataset, rows, templates, output_features, splits, metric_fns, **more)
+    return task.register()

@@ -2,7 +2,8 @@
 
 One task for each of T0's evaluation prompts over the complete validation set, such as
 `super_glue_cb_can_we_infer`. Four prompts of COPA apply to one kind of question only and render
-empty for the other rows: those rows are left out (`prompted.skipped_rows` counts them).
+empty for the other rows: those rows are left out (`prompted.skipped_rows` counts them). There is
+also a split train, up to 2,000 rows, for the exemplars of `few_shot_task`: T0 never trains on it.
 """
 
 import functools
@@ -32,13 +33,16 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def read_rows(subset: str) -> dict[str, Rows]:
-    """The rows of the validation set.
+    """The rows of the complete validation set and of a part of the training set.
 
     Raises:
-        UserError: the data folder or the file is missing, or a line is malformed.
+        UserError: the data folder or a file is missing, or a line is malformed.
     """
-    path = data_file("glue_superglue", f"super_glue.{subset}", "validation.jsonl.gz")
-    return {"validation": list(read_json_lines(path, ("idx", "label")))}
+    rows = {}
+    for split in ("train", "validation"):
+        path = data_file("glue_superglue", f"super_glue.{subset}", f"{split}.jsonl.gz")
+        rows[split] = list(read_json_lines(path, ("idx", "label")))
+    return rows
 
 
 def t0_prompts() -> dict[str, list[str]]:

@@ -6,10 +6,11 @@ import uuid
 import pytest
 import seqio
 
-from mtl_jax import task_info
+from mtl_jax import metrics, task_info
 from mtl_jax.errors import UserError
-from mtl_jax.tasks.prompted import add_prompted_tasks, prompt_slug, skipped_rows
-from mtl_jax.tasks.prompts import Template
+from mtl_jax.eval_reading import load_eval_task
+from mtl_jax.tasks.prompted import PromptedTask, add_prompted_tasks, skipped_rows
+from mtl_jax.tasks.prompts import Template, prompt_slug
 
 ROWS = {
     "train": [{"text": f"row {number}", "label": number % 3} for number in range(23)],
@@ -46,7 +47,7 @@ def test_names_and_descriptions():
     dataset, names = add([CHOICES, SOME], family="nli", held_out_prompts=["some"], citation="us")
     assert names == [f"{dataset}_yes_or_no", f"{dataset}_some"]
     assert task_info.info(names[0]) == task_info.TaskInfo(
-        names[0], dataset, "Yes, or No?", "nli", trained=True, citation="us"
+        names[0], dataset, "Yes, or No?", "nli", citation="us", language="en"
     )
     assert not task_info.info(names[1]).trained
     _, [name] = add([CHOICES], trained=False)
@@ -149,3 +150,100 @@ def test_mistakes_in_the_reading():
         list(source.examples("train"))
     with pytest.raises(UserError, match=r"no split 'tran'. Did you mean 'train'"):
         list(source.examples("tran"))
+
+
+# ---------------------------------------------------------------------------------------------
+# Variants
+# ---------------------------------------------------------------------------------------------
+
+
+def prompted(templates, **options):
+    dataset = f"data_{uuid.uuid4().hex[:8]}"
+    given = {"metric_fns": [metrics.accuracy], "splits": {"train": 23, "test": 1}} | options
+    return dataset, PromptedTask(dataset, ROWS.__getitem__, templates, features(), **given)
+
+
+def test_variants_differ_in_choices_metrics_and_splits():
+    dataset, task = prompted([CHOICES])
+    names = task.register(("plain", "train", "generate", "rank"))
+    base = f"{dataset}_yes_or_no"
+    assert names == [base, f"{base}_train", f"{base}_generate", f"{base}_rank"]
+    tasks = [seqio.get_mixture_or_task(name) for name in names]
+    choices = [next(t.source.examples("train", False))["answer_choices"] for t in tasks]
+    assert choices == ["yes ||| no ||| so", "", "", "yes ||| no ||| so"]
+    assert [list(t.splits) for t in tasks] == [["train", "test"], ["train"]] + [
+        ["train", "test"]
+    ] * 2
+    assert [len(t.metric_fns) for t in tasks] == [1, 0, 1, 1]
+    assert {task_info.info(name).prompt for name in names} == {CHOICES.name}
+
+
+def test_a_task_says_of_itself_what_its_prompt_says():
+    templates = [
+        Template("odd", "a ||| b", original_task=False, languages=("sw",)),
+        Template("two", "a ||| b", languages=("en", "de")),
+    ]
+    _, task = prompted(templates, group="whole")
+    facts = [task_info.info(name) for name in task.register()]
+    assert [(f.original, f.language, f.dataset) for f in facts] == [
+        (False, "sw", "whole"),
+        (True, "", "whole"),
+    ]
+
+
+def test_fields_of_the_row_reach_the_postprocessor():
+    def judged(text, *, example, is_target):
+        return (text, example["number"], list(example["answers"])) if is_target else text
+
+    _, task = prompted(
+        [CHOICES],
+        postprocess=judged,
+        fields=lambda row: {"number": row["label"], "answers": [row["text"], "x"][: row["label"]]},
+    )
+    [name] = task.register()
+    # Lists of all lengths, with SeqIO's own reading and with ours.
+    usual = read(name, num_epochs=1)
+    direct = list(seqio.get_mixture_or_task(name).source.examples("train", False))
+    for row, of_seqio, ours in zip(ROWS["train"], usual, direct, strict=True):
+        expected = [row["text"], "x"][: row["label"]]
+        assert ours["answers"] == expected
+        assert [answer.decode() for answer in of_seqio["answers"]] == expected
+        assert of_seqio["number"] == ours["number"] == row["label"]
+    loaded = load_eval_task(name, "test", 64, 64)
+    [example] = loaded.examples
+    assert loaded.postprocess("t", example=example.fields, is_target=True) == ("t", 0, [])
+
+
+@pytest.mark.parametrize(
+    ("options", "variants", "message"),
+    [
+        ({}, ["rank"], "template 'some' has no answer_choices"),
+        ({}, ["tain"], "no variant 'tain'. Did you mean 'train'"),
+        ({"splits": {"test": 1}}, ["train"], "'train' needs a split of this name; there is test"),
+        ({"options": "flan"}, ["plain"], "Template 'some' has no answer_choices"),
+        ({"options": "flam"}, ["plain"], "'flam'. Did you mean 'flan'"),
+    ],
+)
+def test_mistakes_in_variants(options, variants, message):
+    before = set(seqio.TaskRegistry.names())
+    _, task = prompted([CHOICES, SOME], **options)
+    with pytest.raises(UserError, match=message):
+        task.register(variants)
+    assert set(seqio.TaskRegistry.names()) == before
+
+
+def test_a_row_without_choices_cannot_be_ranked():
+    _, task = prompted([Template("t", "{{text}} ||| a", "{% if label %}a ||| b{% endif %}")])
+    plain, ranked = task.register(["plain", "rank"])
+    assert len(read(plain, num_epochs=1)) == 23
+    with pytest.raises(
+        UserError, match=r"Template 't', data_\w+ train row 0: .* no answer choices"
+    ):
+        list(seqio.get_mixture_or_task(ranked).source.examples("train", False))
+
+
+def test_a_field_may_not_hide_what_the_prompt_gives():
+    _, task = prompted([CHOICES], fields=lambda row: {"targets": "mine"})
+    [name] = task.register()
+    with pytest.raises(UserError, match="fields gives 'targets'"):
+        seqio.get_mixture_or_task(name).source.rows("train")

@@ -1,0 +1,157 @@
+"""A data source that writes its examples one by one, when they are read: prompts, exemplars, ...
+
+SeqIO's own FunctionDataSource cannot be sharded: every shard would write every example.
+"""
+
+import abc
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import seqio
+import tensorflow as tf
+
+from mtl_jax.errors import UserError, suggest
+from mtl_jax.sources import RowsDataSource
+
+Example = dict[str, Any]
+# From the number of a row and the seed of the epoch (None: the example that is evaluated, the same
+# at every reading) to its example; None: this row gives none.
+Write = Callable[[int, int | None], Example | None]
+
+_CHUNK = 32  # examples handed to TensorFlow at once: one call into Python costs more than a row
+
+
+class RenderedDataSource(RowsDataSource):
+    """Examples made from rows lazily and in any number of shards.
+
+    With `shuffle` the rows of the shard are permuted as a whole; which rows are in a shard does not
+    depend on the seed. A subclass has a name for errors (`__str__`) and `open`.
+    """
+
+    def __init__(self, splits: Sequence[str]):
+        super().__init__(splits)
+        self._skipped: dict[str, int] = {}
+
+    @abc.abstractmethod
+    def open(self, split: str) -> tuple[int, Write]:
+        """Returns the number of rows of a split and what writes their examples.
+
+        An example has texts, numbers, or lists of texts, and always the same fields.
+        """
+
+    def num_input_examples(self, split: str) -> int:
+        """Returns the number of rows, the ones that give no example included."""
+        return self.open(split)[0]
+
+    def skipped(self, split: str) -> int | None:
+        """Returns how many rows of a split gave no example.
+
+        Known after one complete pass over the unsharded split, before that None.
+        """
+        return self._skipped.get(split)
+
+    def check_split(self, split: str) -> None:
+        """Makes sure that there is this split.
+
+        Raises:
+            UserError: there is not; names those that there are.
+        """
+        if split not in self.splits:
+            raise UserError(
+                f"{self} has no split {split!r}.{suggest(split, self.splits)} "
+                f"It has: {', '.join(self.splits)}."
+            )
+
+    def rows(self, split: str) -> Sequence[Example]:
+        """Returns all examples of a split, written now, without the rows that give none."""
+        return list(self.examples(split, shuffle=False))
+
+    def examples(
+        self,
+        split: str,
+        shuffle: bool = True,
+        seed: int | None = None,
+        shard_info: seqio.ShardInfo | None = None,
+        start: int = 0,
+    ) -> Iterator[Example]:
+        """Yields the examples of a shard from the `start`-th on.
+
+        What is drawn anew for each epoch is drawn by `seed`, and only with `shuffle`: without it
+        every reading gives the examples that are evaluated.
+        """
+        self.check_split(split)
+        count, write = self.open(split)
+        shard = shard_info or seqio.ShardInfo(0, 1)
+        order_N = np.arange(shard.index, count, shard.num_shards)
+        if shuffle:
+            order_N = np.random.default_rng(seed).permutation(order_N)
+        found = 0
+        for index in order_N:
+            example = write(int(index), seed if shuffle else None)
+            if example is None:
+                continue
+            if found >= start:
+                yield example
+            found += 1
+        if shard.num_shards == 1:
+            self._skipped[split] = count - found
+
+    def get_dataset(
+        self,
+        split: str = "train",
+        shuffle: bool = True,
+        seed: int | None = None,
+        shard_info: seqio.ShardInfo | None = None,
+        **unused_by_rows: Any,
+    ) -> tf.data.Dataset:
+        """Returns the examples as a dataset, written while it is read.
+
+        Raises:
+            UserError: no example of the split shows what fields there are.
+        """
+        seed = None if seed is None else int(seed)
+        first = next(self.examples(split, shuffle=False), None)
+        if first is None:
+            raise UserError(f"{self}: split {split!r} gives no examples.")
+        columns = {name: _Column(value) for name, value in first.items()}
+
+        def chunks() -> Iterator[dict[str, Any]]:
+            examples = self.examples(split, shuffle, seed, shard_info)
+            while chunk := list(itertools.islice(examples, _CHUNK)):
+                yield {
+                    name: column.of([example[name] for example in chunk])
+                    for name, column in columns.items()
+                }
+
+        specs = {name: column.spec for name, column in columns.items()}
+        dataset = tf.data.Dataset.from_generator(chunks, output_signature=specs).unbatch()
+        lists = [name for name, column in columns.items() if column.is_list]
+        return dataset.map(lambda example: _dense(example, lists)) if lists else dataset
+
+
+class _Column:
+    """How the values of a field go to TensorFlow, told from one of them."""
+
+    def __init__(self, value: Any):
+        self.is_list = isinstance(value, list | tuple)
+        self._dtype = {int: tf.int64, float: tf.float32}.get(type(value), tf.string)
+        self.spec: tf.TypeSpec = (
+            tf.RaggedTensorSpec([None, None], self._dtype, ragged_rank=1)
+            if self.is_list
+            else tf.TensorSpec([None], self._dtype)
+        )
+
+    def of(self, values: list[Any]) -> Any:
+        if self.is_list:
+            return tf.ragged.constant(values, dtype=self._dtype, ragged_rank=1)
+        return tf.constant(values, dtype=self._dtype)
+
+
+def _dense(example: dict[str, Any], lists: Sequence[str]) -> dict[str, Any]:
+    """Lists as tensors of rank 1, as the other sources give them."""
+    for name in lists:
+        if isinstance(example[name], tf.RaggedTensor):
+            example[name] = example[name].to_tensor()
+    return example
