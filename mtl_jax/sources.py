@@ -1,4 +1,4 @@
-"""SeqIO data sources for local JSONL and TSV files.
+"""SeqIO data sources for local JSONL, TSV and Parquet files.
 
     seqio.TaskRegistry.add("my_task", JsonlDataSource({"train": "train.jsonl.gz"}), ...)
 
@@ -136,7 +136,9 @@ def _kind(value: Any) -> str:
 
 
 class FileRowsDataSource(RowsDataSource):
-    """What JSONL and TSV sources share: paths, the cache of parsed files, the check of fields."""
+    """What sources of files share: paths, the cache of parsed files, the check of fields."""
+
+    unit = "line"  # what the numbers of `read_file` count
 
     def __init__(
         self,
@@ -179,11 +181,11 @@ class FileRowsDataSource(RowsDataSource):
             )
         if split not in self._rows:
             found: list[Example] = []
-            for path in self._paths[split]:
-                for line, row in self.read_file(os.fspath(path)):
-                    example = self._make(row, f"{os.fspath(path)}, line {line}")
+            for path in [os.fspath(path) for path in self._paths[split]]:
+                for number, row in self.read_file(path):
+                    example = self._make(row, f"{path}, {self.unit} {number}")
                     if example is not None:
-                        self._check(example, found, f"{os.fspath(path)}, line {line}")
+                        self._check(example, found, f"{path}, {self.unit} {number}")
                         found.append(example)
             self._rows[split] = found
         return self._rows[split]
@@ -237,7 +239,7 @@ class JsonlDataSource(FileRowsDataSource):
 
     def read_file(self, path: str) -> Sequence[tuple[int, Example]]:
         """Returns `(line number, row)` of one file; blank lines are passed over."""
-        return _parsed(path, _stamp(path), _parse_jsonl)
+        return _parsed(path, _stamp(path), _read_jsonl)
 
 
 class TsvDataSource(FileRowsDataSource):
@@ -257,7 +259,55 @@ class TsvDataSource(FileRowsDataSource):
 
     def read_file(self, path: str) -> Sequence[tuple[int, Example]]:
         """Returns `(line number, row)` of one file; blank lines are passed over."""
-        return _parsed(path, _stamp(path), functools.partial(_parse_tsv, columns=self._columns))
+        return _parsed(path, _stamp(path), _read_tsv, self._columns)
+
+
+class ParquetDataSource(FileRowsDataSource):
+    """Parquet files, read with pyarrow; nested columns need an `example` that makes them plain."""
+
+    unit = "row"
+
+    def read_file(self, path: str) -> Sequence[tuple[int, Example]]:
+        """Returns `(row number, row)` of one file, from 1 on."""
+        return _parsed(path, _stamp(path), _read_parquet)
+
+
+def read_rows(path: str | os.PathLike[str]) -> Sequence[tuple[str, Example]]:
+    """Reads a file by its ending; returns `("line 7" or "row 7", row)`, each a new dictionary.
+
+    The endings are those of `ROW_FILES`. The fields of a TSV file are texts, its first line names
+    them; JSONL and Parquet may hold anything.
+
+    Raises:
+        UserError: another ending, no such file, or one that cannot be read.
+    """
+    name = os.fspath(path)
+    for ending, read in ROW_FILES.items():
+        if name.endswith(ending):
+            unit = "row" if read is _read_parquet else "line"
+            parsed = _parsed(name, _stamp(name), read)
+            return [(f"{unit} {number}", dict(row)) for number, row in parsed]
+    raise UserError(f"Data file {name}: its name must end with {', '.join(ROW_FILES)}.")
+
+
+def count_rows(path: str | os.PathLike[str]) -> int:
+    """Returns how many rows `read_rows` gives, without parsing them.
+
+    Raises:
+        UserError: no such file, or one that cannot be read.
+    """
+    name = os.fspath(path)
+    return _counted(name, _stamp(name))
+
+
+@functools.lru_cache(maxsize=1024)
+def _counted(path: str, stamp: tuple[int, int]) -> int:
+    del stamp
+    if path.endswith(".parquet"):
+        return _open_parquet(path).metadata.num_rows
+    if path.endswith((".tsv", ".tsv.gz")):
+        return max(sum(bool(line) for _, line in _lines(path)) - 1, 0)  # one names the columns
+    return sum(bool(line.strip()) for _, line in _lines(path))
 
 
 def _stamp(path: str) -> tuple[int, int]:
@@ -280,22 +330,28 @@ def _stamp(path: str) -> tuple[int, int]:
 def _parsed(
     path: str,
     stamp: tuple[int, int],
-    parse: Callable[[str, Iterator[tuple[int, str]]], list[tuple[int, Example]]],
+    read: Callable[..., list[tuple[int, Example]]],
+    *options: Any,
 ) -> Sequence[tuple[int, Example]]:
     """Parses a file once for the several tasks (prompts) that read it one after the other."""
     del stamp  # part of the key of the cache: a changed file is read again
+    return read(path, *options)
+
+
+def _lines(path: str) -> Iterator[tuple[int, str]]:
+    """Yields `(number, line)` of a text file, plain or gzip, without line ends."""
     try:
         opened = gzip.open if path.endswith(".gz") else open
         with opened(path, "rt", encoding="utf-8", newline="\n") as lines:
-            numbered = ((number, line.rstrip("\r\n")) for number, line in enumerate(lines, 1))
-            return parse(path, numbered)
+            for number, line in enumerate(lines, 1):
+                yield number, line.rstrip("\r\n")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise UserError(f"Data file {path} cannot be read: {error}.") from error
 
 
-def _parse_jsonl(path: str, lines: Iterator[tuple[int, str]]) -> list[tuple[int, Example]]:
+def _read_jsonl(path: str) -> list[tuple[int, Example]]:
     rows = []
-    for number, line in lines:
+    for number, line in _lines(path):
         if not line.strip():
             continue
         try:
@@ -313,11 +369,9 @@ def _parse_jsonl(path: str, lines: Iterator[tuple[int, str]]) -> list[tuple[int,
     return rows
 
 
-def _parse_tsv(
-    path: str, lines: Iterator[tuple[int, str]], columns: Sequence[str]
-) -> list[tuple[int, Example]]:
+def _read_tsv(path: str, columns: Sequence[str] = ()) -> list[tuple[int, Example]]:
     rows = []
-    for number, line in lines:
+    for number, line in _lines(path):
         if not line:
             continue
         values = line.split("\t")
@@ -331,3 +385,33 @@ def _parse_tsv(
             )
         rows.append((number, dict(zip(columns, values, strict=True))))
     return rows
+
+
+def _open_parquet(path: str) -> Any:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.ParquetFile(path)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"Data file {path} cannot be read: {error}.") from error
+
+
+def _read_parquet(path: str) -> list[tuple[int, Example]]:
+    import pyarrow
+
+    with _open_parquet(path) as file:
+        try:
+            return list(enumerate(file.read().to_pylist(), 1))
+        except (OSError, pyarrow.ArrowException) as error:
+            raise UserError(f"Data file {path} cannot be read: {error}.") from error
+
+
+# What `read_rows` reads, by the ending of the file's name.
+ROW_FILES: Mapping[str, Callable[..., list[tuple[int, Example]]]] = {
+    ".jsonl": _read_jsonl,
+    ".jsonl.gz": _read_jsonl,
+    ".tsv": _read_tsv,
+    ".tsv.gz": _read_tsv,
+    ".parquet": _read_parquet,
+}

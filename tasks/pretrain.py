@@ -1,19 +1,22 @@
-"""Span corruption of the data folder's `corpus`, as the task `corpus_span_corruption`.
+"""The data folder's `corpus` as tasks `corpus_span_corruption` and `corpus_prefix_lm`.
 
-Trains on the books and Shakespeare's plays, is validated and tested on WikiText-2. Importing this
-module registers it; the text is read when the task is. For other text use `span_corruption`.
+They train on the books and Shakespeare's plays, are validated and tested on WikiText-2. Importing
+this module registers them; the text is read when a task is. For other text use `span_corruption`
+and `prefix_lm`.
 """
 
 from mtl_jax.errors import UserError
 from mtl_jax.tasks.data_folder import data_file
+from mtl_jax.tasks.prefix_lm import add_prefix_lm_task
 from mtl_jax.tasks.span_corruption import add_span_corruption_task
 from mtl_jax.tasks.t5_vocabulary import t5_vocabulary
 
 TASK = "corpus_span_corruption"
+PREFIX_LM_TASK = "corpus_prefix_lm"
 
 
 def register() -> None:
-    """Registers the task.
+    """Registers the tasks.
 
     Raises:
         UserError: no data folder, or a part of the corpus is missing.
@@ -30,6 +33,9 @@ def register() -> None:
     }
     add_span_corruption_task(
         TASK, files, t5_vocabulary(), citation="Raffel et al. 2020, section 3.1.4"
+    )
+    add_prefix_lm_task(
+        PREFIX_LM_TASK, files, t5_vocabulary(), citation="Raffel et al. 2020, section 3.3.1"
     )
 
 

@@ -6,22 +6,14 @@ the extra ids of the vocabulary, from its top downwards.
 """
 
 import dataclasses
-import gzip
-import itertools
-import os
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import seqio
-import tensorflow as tf
 
-from mtl_jax.errors import UserError, suggest
-from mtl_jax.sources import Example, RowsDataSource
-from mtl_jax.task_info import describe
-
-Files = Sequence[str | os.PathLike[str]]
+from mtl_jax.errors import UserError
+from mtl_jax.tasks.text_chunks import Files, TextChunksSource, add_text_task, log_likelihood
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,14 +102,10 @@ def corrupt(
     return np.append(inputs, eos_id).astype(np.int32), np.append(targets, eos_id).astype(np.int32)
 
 
-class SpanCorruptionSource(RowsDataSource):
+class SpanCorruptionSource(TextChunksSource):
     """Chunks of text with spans dropped out; yields int32 `inputs` and `targets`, EOS included.
 
-    The files of a split are tokenized on first use, line by line, joined and cut into chunks that
-    fill `inputs_length` exactly; the last chunk is shorter. The tokens of a split are held in
-    memory (4 bytes each). The noise of a chunk depends on the seed and the chunk's number alone,
-    whatever the order and the shards; without a seed it is that of seed 0. The training stream
-    gives every epoch another seed.
+    Chunks fill `inputs_length` exactly; the last one is shorter. See `TextChunksSource`.
     """
 
     def __init__(
@@ -143,101 +131,25 @@ class SpanCorruptionSource(RowsDataSource):
         Raises:
             UserError: a value that cannot be used, or a vocabulary with too few extra ids.
         """
-        super().__init__(tuple(split_to_files))
-        self._files = {split: tuple(files) for split, files in split_to_files.items()}
-        self._vocabulary = vocabulary
         self._noise = Noise(noise_density, mean_noise_span_length)
-        self.chunk_length = self._noise.chunk_length(inputs_length)
-        self.inputs_length, self.targets_length = self._noise.lengths(self.chunk_length)
-        self._counts = dict(num_input_examples or {})
-        self._chunks: dict[str, Sequence[Example]] = {}
-        _, spans = self._noise.counts(self.chunk_length)
+        chunk_length = self._noise.chunk_length(inputs_length)
+        super().__init__(split_to_files, vocabulary, chunk_length, num_input_examples)
+        self.inputs_length, self.targets_length = self._noise.lengths(chunk_length)
+        _, spans = self._noise.counts(chunk_length)
         if vocabulary.extra_ids < spans:
             raise UserError(
                 f"Span corruption of {inputs_length} tokens needs {spans} sentinels, but the "
                 f"vocabulary has {vocabulary.extra_ids} extra ids: make it with extra_ids={spans} "
                 "or more, or shorten inputs_length."
             )
+        self._first_sentinel = vocabulary.vocab_size - 1
 
-    def __str__(self) -> str:
-        return f"SpanCorruptionSource({ {k: [*map(str, v)] for k, v in self._files.items()} })"
-
-    def num_input_examples(self, split: str) -> int | None:  # type: ignore[override]
-        """Returns the number of chunks if it was given, else None (SeqIO: not known)."""
-        return self._counts.get(split)
-
-    def rows(self, split: str) -> Sequence[Example]:
-        """Returns the chunks, `{"tokens": int32}`, read on first use.
-
-        Raises:
-            UserError: no such split, or a file that cannot be read; no text in the split.
-        """
-        if split not in self._files:
-            raise UserError(
-                f"{self}: no split {split!r}; it has {', '.join(self._files)}."
-                f"{suggest(split, self._files)}"
-            )
-        if split not in self._chunks:
-            lines = itertools.chain.from_iterable(map(_lines, self._files[split]))
-            encode = self._vocabulary.encode
-            tokens_N = np.fromiter(
-                itertools.chain.from_iterable(encode(line) for line in lines), np.int32
-            )
-            starts = range(0, len(tokens_N), self.chunk_length)
-            chunks = [tokens_N[start : start + self.chunk_length] for start in starts]
-            # A single token left over has nothing to keep or nothing to drop.
-            self._chunks[split] = [{"tokens": chunk} for chunk in chunks if len(chunk) > 1]
-            if not self._chunks[split]:
-                raise UserError(f"{self}: split {split!r} has no text.")
-        return self._chunks[split]
-
-    def examples(
-        self,
-        split: str,
-        shuffle: bool = True,
-        seed: int | None = None,
-        shard_info: seqio.ShardInfo | None = None,
-        start: int = 0,
-    ) -> Iterator[Example]:
-        """Yields `{"inputs", "targets"}`, int32, from the `start`-th of the shard on."""
-        chunks, seed = self.rows(split), int(seed or 0)
-        first_sentinel = self._vocabulary.vocab_size - 1
-        for number in self.order(split, shuffle, seed, shard_info)[start:]:
-            tokens_N = chunks[number]["tokens"]
-            noise_N = self._noise.mask(len(tokens_N), np.random.default_rng([seed, number]))
-            sides = corrupt(tokens_N, noise_N, first_sentinel, int(self._vocabulary.eos_id))
-            yield dict(zip(("inputs", "targets"), sides, strict=True))
-
-    def get_dataset(
-        self,
-        split: str = "train",
-        shuffle: bool = True,
-        seed: int | None = None,
-        shard_info: seqio.ShardInfo | None = None,
-        **unused_by_chunks: Any,
-    ) -> tf.data.Dataset:
-        """Returns the examples as a dataset of int32 vectors, corrupted while it is read."""
-        self.rows(split)  # here rather than inside TensorFlow, which would bury a mistake
-        tokens = {side: tf.TensorSpec([None], tf.int32) for side in ("inputs", "targets")}
-        return tf.data.Dataset.from_generator(
-            lambda: self.examples(split, shuffle, seed, shard_info), output_signature=tokens
-        )
-
-
-def _lines(path: str | os.PathLike[str]) -> Iterator[str]:
-    name = os.fspath(path)
-    try:
-        opened = gzip.open if name.endswith(".gz") else open
-        with opened(name, "rt", encoding="utf-8") as lines:
-            yield from lines
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise UserError(f"Text file {name} cannot be read: {error}.") from error
-
-
-def log_likelihood(targets: Sequence[Any], scores: Sequence[float]) -> dict[str, float]:
-    """SeqIO score metric: the mean over examples of the targets' summed log-likelihood."""
-    del targets
-    return {"log_likelihood": float(np.mean(scores))}
+    def sides(
+        self, tokens_N: np.ndarray, generator: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Returns a chunk with spans dropped out, and the spans."""
+        noise_N = self._noise.mask(len(tokens_N), generator)
+        return corrupt(tokens_N, noise_N, self._first_sentinel, self.eos_id)
 
 
 def add_span_corruption_task(
@@ -265,14 +177,5 @@ def add_span_corruption_task(
         mean_noise_span_length,
         num_input_examples,
     )
-    feature = seqio.Feature(vocabulary, add_eos=True)
-    describe(name, dataset=name, family="span corruption", citation=citation)
-    seqio.TaskRegistry.add(
-        name,
-        source=source,
-        preprocessors=[],  # the source yields tokens
-        output_features={"inputs": feature, "targets": feature},
-        metric_fns=list(metric_fns),
-        shuffle_buffer_size=None,  # the source permutes the whole split
-    )
+    add_text_task(name, source, "span corruption", metric_fns, citation)
     return source

@@ -3,11 +3,19 @@
 import gzip
 import json
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import seqio
 
 from mtl_jax.errors import UserError
-from mtl_jax.sources import JsonlDataSource, TsvDataSource
+from mtl_jax.sources import (
+    JsonlDataSource,
+    ParquetDataSource,
+    TsvDataSource,
+    count_rows,
+    read_rows,
+)
 
 
 def write(path, text):
@@ -139,3 +147,42 @@ def test_missing_field_and_split(tmp_path):
         source.rows("train")
     with pytest.raises(UserError, match=r"no split 'trian'.*Did you mean 'train'"):
         source.rows("trian")
+
+
+ROWS = [
+    {"text": "one\ttab", "label": 0, "choices": ["a", "b"], "answers": {"text": ["é"]}},
+    {"text": " two ", "label": 1, "choices": [], "answers": {"text": []}},
+]
+
+
+def test_parquet(tmp_path):
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+    assert [row for _, row in read_rows(path)] == ROWS
+    assert count_rows(path) == 2
+    source = ParquetDataSource(
+        {"train": path}, lambda row: {"inputs": row["text"], "first": row["answers"]["text"]}
+    )
+    assert read(source, shuffle=False) == ["one\ttab", " two "]
+    with pytest.raises(UserError, match=r"a\.parquet, row 1: field 'answers' holds"):
+        ParquetDataSource({"train": path}).rows("train")
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(UserError, match=r"a\.parquet cannot be read: "):
+        ParquetDataSource({"train": path}).rows("train")
+
+
+def test_files_are_read_and_counted_by_their_ending(tmp_path):
+    lines = "\n".join(map(json.dumps, ROWS)) + "\n\n"
+    for name in ("a.jsonl", "a.jsonl.gz"):
+        path = write(tmp_path / name, lines)
+        assert read_rows(path) == [("line 1", ROWS[0]), ("line 2", ROWS[1])]
+        assert count_rows(path) == 2
+    for name in ("a.tsv", "a.tsv.gz"):
+        path = write(tmp_path / name, "x\ty\n1\t\n \t \n\n")
+        expected = [("line 2", {"x": "1", "y": ""}), ("line 3", {"x": " ", "y": " "})]
+        assert read_rows(path) == expected
+        assert count_rows(path) == 2
+    read_rows(tmp_path / "a.jsonl")[0][1]["text"] = "changed"
+    assert read_rows(tmp_path / "a.jsonl")[0][1] == ROWS[0]
+    with pytest.raises(UserError, match=r"a\.csv: its name must end with \.jsonl, .*\.parquet"):
+        read_rows(write(tmp_path / "a.csv", "x"))

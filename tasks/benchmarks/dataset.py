@@ -1,0 +1,100 @@
+"""What the library knows of a benchmark: where its rows come from, how it is asked and scored."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mtl_jax.tasks.benchmarks.origins import Converted, Origin, Row
+from mtl_jax.tasks.prompts import Template, load_templates
+
+PROMPTS = Path(__file__).with_name("prompts")
+
+# By data set and split: the rows of the origin, and what `made` made of them.
+_MADE: dict[tuple["Dataset", str], tuple[Sequence[Row], Sequence[Row]]] = {}
+
+MetricFn = Callable[..., Mapping[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)  # equal by identity, so a key of caches
+class Dataset:
+    """A data set of a benchmark, with prompts, metrics and citation.
+
+    Attributes:
+        name: first part of the tasks' names.
+        benchmark: name of the mixture of its tasks.
+        origin: where the rows come from, and their fields.
+        family: the kind of task, for the tables of results.
+        metric_fns: of the benchmark.
+        citation: of the paper.
+        license: of the data, as far as it is stated; "" where it is not.
+        prompts: the file of its prompts below `prompts/`, without ending; "": the name.
+        group: `TaskInfo.dataset`, over whose tasks results are summed up; "": the name.
+        language: of the inputs.
+        trained: whether it has a part for training.
+        only: (field, value): the rows of the origin that belong to this data set; None: all.
+        sizes: splits and their numbers of rows where `only` chooses; else those of the origin.
+        prepare: adds fields that the prompts need; gives a new row.
+        fields: of a row, for the postprocessor: what belongs together, all right answers.
+        postprocess: SeqIO's, over targets and predictions before the metrics.
+    """
+
+    name: str
+    benchmark: str
+    origin: Origin
+    family: str
+    metric_fns: Sequence[MetricFn]
+    citation: str
+    license: str = ""
+    prompts: str = ""
+    group: str = ""
+    language: str = "en"
+    trained: bool = True
+    only: tuple[str, str] | None = None
+    sizes: Mapping[str, int] | None = None
+    prepare: Callable[[Row], Row] | None = None
+    fields: Callable[[Row], Mapping[str, Any]] | None = None
+    postprocess: Callable[..., Any] | None = None
+
+    def rows(self, split: str) -> Sequence[Row]:
+        """Returns the rows of a split, read on first use and then kept; see `Origin.rows`."""
+        rows = self.origin.rows(split)
+        made = _MADE.get((self, split))
+        if made is None or made[0] is not rows:
+            made = _MADE[self, split] = (rows, self.made(rows))
+        return made[1]
+
+    def made(self, rows: Sequence[Row]) -> Sequence[Row]:
+        """Returns those of the origin's rows that belong here, prepared when they are read."""
+        if self.only is not None:
+            field, value = self.only
+            rows = [row for row in rows if row[field] == value]
+        return Converted(rows, self.prepare) if self.prepare else rows
+
+    def split_names(self) -> tuple[str, ...]:
+        """Returns the splits; see `Origin.split_names`."""
+        return self.origin.split_names() if self.sizes is None else tuple(self.sizes)
+
+    def count(self, split: str) -> int:
+        """Returns the number of rows of a split; see `Origin.count`."""
+        if self.sizes is None:
+            return self.origin.count(split)
+        # Of a whole the published parts are known; any other file is looked at.
+        whole = self.origin.count(split) == self.origin.splits[split]
+        return self.sizes[split] if whole else len(self.rows(split))
+
+    def templates(self) -> list[Template]:
+        """Returns the library's own prompts, in the language of the data set."""
+        return [
+            dataclasses.replace(template, languages=(self.language,))
+            if template.languages != (self.language,)
+            else template
+            for template in read_prompts(self.prompts or self.name)
+        ]
+
+
+@functools.cache
+def read_prompts(name: str) -> tuple[Template, ...]:
+    """The templates of one file of `prompts/`, parsed once for all data sets that share it."""
+    return tuple(load_templates(PROMPTS / f"{name}.yaml"))
