@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from mtl_jax import (
     attention,
     data,
+    effective_mixture,
     microbatches,
     model,
     optim,
@@ -29,6 +30,7 @@ from mtl_jax import (
 )
 from mtl_jax.balance.balancer import Balancer, describe_cost, make_balancer
 from mtl_jax.checkpoint import Checkpointer, locate
+from mtl_jax.effective_mixture import EffectiveMixture
 from mtl_jax.errors import UserError
 from mtl_jax.evaluate import EvalTask, Evaluator
 from mtl_jax.run_directory import RunDirectory, enable_compile_cache
@@ -440,16 +442,18 @@ def load_params(session: Session, path: str) -> tuple[model.Params, int]:
     return params, number or 0
 
 
-def mixture_text(session: Session) -> str:
-    """The training mixture as a table: task, examples, rate and share of the examples drawn."""
-    cfg = session.config.data
-    rows = data.mixture_table(cfg.mixture, cfg.split)
-    width = max(len(row.task) for row in rows)
-    lines = [f"{'task':<{width}}  {'examples':>10}  {'rate':>12}  {'share':>7}"]
-    for row in rows:
-        examples = "unknown" if row.examples is None else f"{row.examples:,}"
-        lines.append(f"{row.task:<{width}}  {examples:>10}  {row.rate:>12,.2f}  {row.share:>7.2%}")
-    return "\n".join(lines) + "\n"
+def measured_mixture(session: Session, seconds: float = 60.0) -> EffectiveMixture:
+    """The training mixture with shares of tokens and expected epochs; measures for so long."""
+    cfg = session.config
+    owners = {name: session.block_of(name) for name in data.task_names(cfg.data.mixture)}
+    prompt = embeddings.prompt_ids(session.sharing)
+    return effective_mixture.measure(cfg.data, cfg.run.steps, owners, prompt, seconds)
+
+
+def mixture_text(session: Session, measured: EffectiveMixture | None = None) -> str:
+    """The training mixture as a table: tasks, examples, rates, shares, expected epochs."""
+    measured = measured_mixture(session) if measured is None else measured
+    return measured.text(data.held_out(session.config.mixture))
 
 
 def tokenizer_files(session: Session) -> dict[str, bytes]:

@@ -39,14 +39,7 @@ if TYPE_CHECKING:
     from mtl_jax.optim import OptimizerConfig
     from mtl_jax.run_config import RunConfig
     from mtl_jax.sharding import MeshConfig
-    from mtl_jax.sharing.sharing_config import (
-        AdapterConfig,
-        AdversaryConfig,
-        ExpertsConfig,
-        LoraConfig,
-        PromptConfig,
-        SharingConfig,
-    )
+    from mtl_jax.sharing import sharing_config
 
 # Gin name -> (field of Config, module, dataclass). Imported when a configuration is loaded, so that
 # the command line answers at once.
@@ -87,12 +80,12 @@ class Config:
     step: "StepConfig"
     balance: "BalanceConfig"
     method: "Method | None"
-    sharing: "SharingConfig"
-    lora: "LoraConfig"
-    adapter: "AdapterConfig"
-    prompt: "PromptConfig"
-    experts: "ExpertsConfig"
-    adversary: "AdversaryConfig"
+    sharing: "sharing_config.SharingConfig"
+    lora: "sharing_config.LoraConfig"
+    adapter: "sharing_config.AdapterConfig"
+    prompt: "sharing_config.PromptConfig"
+    experts: "sharing_config.ExpertsConfig"
+    adversary: "sharing_config.AdversaryConfig"
     run: "RunConfig"
     checkpoint: "CheckpointConfig"
     eval: "EvalConfig"
@@ -290,8 +283,9 @@ def _mentions(value: Any) -> Iterator[str]:
 def _check_name(binding: Binding, types: Mapping[str, type]) -> None:
     """Refuses names and fields that do not exist."""
     if binding.name not in types:
-        if binding.name == "Compare":
-            raise UserError(f"{binding.place}: the room Compare is for `mtl-jax compare`.")
+        if binding.name in ("Compare", "Sweep"):
+            command = f"`mtl-jax {binding.name.lower()}`"
+            raise UserError(f"{binding.place}: the room {binding.name} is for {command}.")
         known = ", ".join(sorted(types))
         raise UserError(
             f"{binding.place}: unknown name {binding.name!r}."

@@ -25,10 +25,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import seqio
 
 from mtl_jax import processes
 from mtl_jax.data_config import DataConfig, MixtureConfig
+from mtl_jax.effective_mixture import first_examples, task_reader
 from mtl_jax.errors import UserError
 from mtl_jax.eval_reading import load_eval_task
 from mtl_jax.mixtures import (
@@ -36,12 +36,15 @@ from mtl_jax.mixtures import (
     build_mixture,
     check_split,
     expand,
+    held_out,
     load_modules,
     mixture_table,
     rates_of,
     task_names,
+    training_rates,
     vocabulary,
 )
+from mtl_jax.overlap import read_exclusions
 from mtl_jax.packing import (
     COUNTERS,
     BlockDraws,
@@ -50,7 +53,7 @@ from mtl_jax.packing import (
     block_shares,
     rows_per_example,
 )
-from mtl_jax.reading import Epoch, TaskReader
+from mtl_jax.reading import TaskReader
 from mtl_jax.shards import Shard, Snapshot
 
 __all__ = [
@@ -60,8 +63,10 @@ __all__ = [
     "MixtureRow",
     "TrainStream",
     "build_mixture",
+    "check_split",
     "examples_drawn",
     "expand",
+    "held_out",
     "load_eval_task",
     "load_modules",
     "mixture_table",
@@ -143,7 +148,8 @@ class TrainStream:
         """
         self.config = config
         shards = _checked_shards(config, readers)
-        rates = rates_of(config.mixture)
+        excluded = read_exclusions(config.exclude)
+        rates = training_rates(config, excluded)
         # Sorted by name, and without those never drawn: they may lack data.
         self.rates = {name: rates[name] for name in sorted(rates) if rates[name] != 0}
         if not self.rates:
@@ -167,12 +173,7 @@ class TrainStream:
         # Numbers of the tasks that may share a block.
         self.owned = tuple(by_owner.values())
         self.names_by_id = {number: name for name, number in task_ids.items()}
-        lengths = {"inputs": config.inputs_length, "targets": config.targets_length}
-        self._readers = []
-        for name in self.tasks:
-            task = seqio.TaskRegistry.get(name)
-            check_split(task, config.split)
-            self._readers.append(TaskReader(task, lengths, config.use_cached))
+        self._readers = [task_reader(name, config, excluded) for name in self.tasks]
         # What a saved position depends on; a position of other data must not be taken for ours.
         self.origin: dict[str, Any] = {
             "seed": config.seed,
@@ -246,14 +247,7 @@ class TrainStream:
 
     def _first(self, number: int, count: int) -> list[Example]:
         """The first examples of a task with tokens on both sides, trimmed; repeated if few."""
-        epoch = Epoch(self.config.split, self.config.shuffle, self.config.seed)
-        read = itertools.islice(self.reader(number).tokens(epoch), count)
-        room, most = self.config.inputs_length - len(self.prompt), self.config.targets_length
-        found = [
-            Example(0, np.concatenate([self.prompt, inputs[:room]]), targets[:most])
-            for inputs, targets in read
-            if len(inputs) and len(targets)
-        ]
+        found = first_examples(self.reader(number), self.config, count, self.prompt)
         return list(itertools.islice(itertools.cycle(found), count))
 
     def by_rates(self, rates: Mapping[str, float], batch: Batch) -> Batch:

@@ -1,10 +1,12 @@
 """The values that say which data a run reads; free of TensorFlow, so they can be read early."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from mtl_jax.errors import UserError
+from mtl_jax.errors import UserError, suggest
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class DataConfig:
         blocks: blocks of rows in a batch, each of one task, which are the step's microbatches; 0:
             rows of several tasks, or as many blocks as Balance and Sharing need. The rates stay
             those of examples.
+        exclude: a file of `mtl-jax decontaminate --remove`: its examples are not trained on. The
+            rates stay as they are; a task that loses all of its examples is left out.
     """
 
     mixture: str = ""
@@ -48,6 +52,7 @@ class DataConfig:
     use_cached: bool = False
     lookahead: int = 4
     blocks: int = 0
+    exclude: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "task_modules", _names("Data.task_modules", self.task_modules))
@@ -62,6 +67,11 @@ class DataConfig:
                     )
 
 
+# A number for all tasks, or numbers by task name or glob (or several with commas): a name beats a
+# glob, a later glob an earlier one, and tasks that none fits have none.
+Caps = float | Mapping[str, float] | None
+
+
 @dataclass(frozen=True)
 class MixtureConfig:
     """A SeqIO Mixture made from Gin.
@@ -69,12 +79,25 @@ class MixtureConfig:
     Attributes:
         name: of the new mixture; empty: none is made.
         tasks: names of tasks or mixtures, or globs ("p3_*") over the registered tasks.
+        parts: instead of `tasks`: weights of parts of the mixture, {'p3_*': 0.4, 'cot_*': 0.1}. A
+            part is a name or a glob, or several with commas. Its weight is that of all its tasks
+            together; among them the rates are those of `rates`, but a part that is the name of a
+            mixture keeps the rates inside it.
+        hold_out: what is left out of the mixture, by what (keys of `HOLD_OUT_BY`):
+            {'dataset': ['glue_qqp'], 'family': ['nli'], 'task': ['p3_*']}, names or globs.
+        leave_one_out: "family", "dataset" or "task": besides the mixture, one without each family
+            is made, of the name NAME_without_FAMILY; Data.mixture says which is trained on.
         rates: "equal", "examples" (the number of training examples, SeqIO's order: cap, then
             temperature), "unimax" (equal shares, but no task more often than `max_epochs`), or
             numbers by task name or glob.
-        maximum: cap on the number of examples a task counts for; only with rates="examples".
-        maximum_per_dataset: T0's cap: a task with more examples counts for this number divided by
-            the number of tasks of its dataset in the mixture; only with rates="examples".
+        maximum: cap on the number of examples a task counts for, or caps by task name or glob; only
+            with rates="examples".
+        maximum_per_dataset: T0's cap, or caps by task name or glob: a task with more examples
+            counts for this number divided by the number of tasks of its dataset in the mixture;
+            only with rates="examples".
+        maximum_dataset_total: cap, or caps by task name or glob, on what all tasks of a dataset
+            (that the cap is for) count for together; each has its part of it by its examples; only
+            with rates="examples".
         temperature: rates become rate ** (1 / temperature); only with rates="examples".
         max_epochs: how often a task may be repeated within the budget; only with rates="unimax".
         budget: what the whole run reads, in the unit of the tasks' sizes: examples, summed over all
@@ -84,16 +107,26 @@ class MixtureConfig:
 
     name: str = ""
     tasks: Sequence[str] = ()
+    parts: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    hold_out: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
+    leave_one_out: str = ""
     rates: Mapping[str, float] | str = "examples"
-    maximum: float | None = None
-    maximum_per_dataset: float | None = None
+    maximum: Caps = None
+    maximum_per_dataset: Caps = None
+    maximum_dataset_total: Caps = None
     temperature: float = 1.0
     max_epochs: float | None = None
     budget: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tasks", _names("Mixture.tasks", self.tasks))
-        given = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
+        self._check_parts()
+        for by, names in self.hold_out.items():
+            _check_kind("Mixture.hold_out", by)
+            _names(f"Mixture.hold_out[{by!r}]", names)
+        if self.leave_one_out:
+            _check_kind("Mixture.leave_one_out", self.leave_one_out)
+        given = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != _default(f)]
         if given and not self.name:
             raise UserError(
                 f"Mixture.{given[0]} is given but Mixture.name is not: name the mixture."
@@ -101,11 +134,26 @@ class MixtureConfig:
         # Written so that "not a number" is refused too.
         if not self.temperature > 0:
             raise UserError(f"Mixture.temperature must be positive, not {self.temperature}.")
-        for field in ("maximum", "maximum_per_dataset", "max_epochs", "budget"):
-            value = getattr(self, field)
-            if value is not None and not value > 0:
-                raise UserError(f"Mixture.{field} must be positive or None, not {value}.")
+        for name in (*CAPS, "max_epochs", "budget"):
+            value = getattr(self, name)
+            for pattern, number in _numbers(value).items():
+                if not number > 0:
+                    where = f"[{pattern!r}]" if isinstance(value, Mapping) else ""
+                    raise UserError(
+                        f"Mixture.{name}{where} must be positive or None, not {number}."
+                    )
         self._check_rates()
+
+    def _check_parts(self) -> None:
+        if self.parts and self.tasks:
+            raise UserError(
+                "Mixture.parts and Mixture.tasks both say which tasks are mixed: remove one."
+            )
+        for pattern, weight in self.parts.items():
+            if not 0 < weight < math.inf:
+                raise UserError(
+                    f"Mixture.parts[{pattern!r}] must be a positive number, not {weight}."
+                )
 
     def _check_rates(self) -> None:
         """Refuses options of other rates than those of the mixture."""
@@ -119,17 +167,44 @@ class MixtureConfig:
         missing = [field for field in _RATE_OPTIONS["unimax"] if getattr(self, field) is None]
         if self.rates == "unimax" and missing:
             raise UserError(f"Mixture.{missing[0]} is missing: Mixture.rates='unimax' needs it.")
-        if self.maximum is not None and self.maximum_per_dataset is not None:
+        if self.rates == "unimax" and self.parts:
             raise UserError(
-                "Mixture.maximum and Mixture.maximum_per_dataset are two caps: remove one."
+                "Mixture.rates = 'unimax' shares a budget among all tasks and Mixture.parts weighs "
+                "them: remove one."
             )
+        whole = [name for name in CAPS if isinstance(getattr(self, name), float | int)]
+        if len(whole) > 1:
+            raise UserError(f"Mixture.{whole[0]} and Mixture.{whole[1]} are two caps: remove one.")
 
 
+# By what tasks are held out: fields of TaskInfo.
+HOLD_OUT_BY = ("dataset", "family", "task")
+CAPS = ("maximum", "maximum_per_dataset", "maximum_dataset_total")
 # Which rates the options of a mixture belong to, and what they are where they are not set.
 _RATE_OPTIONS: dict[str, dict[str, float | None]] = {
-    "examples": {"maximum": None, "maximum_per_dataset": None, "temperature": 1.0},
+    "examples": {**dict.fromkeys(CAPS), "temperature": 1.0},
     "unimax": {"max_epochs": None, "budget": None},
 }
+
+
+def _default(of: dataclasses.Field[Any]) -> Any:
+    if of.default_factory is not dataclasses.MISSING:
+        return of.default_factory()
+    return of.default
+
+
+def _numbers(value: Caps) -> Mapping[str, float]:
+    if isinstance(value, Mapping):
+        return value
+    return {} if value is None else {"*": value}
+
+
+def _check_kind(where: str, kind: str) -> None:
+    if kind not in HOLD_OUT_BY:
+        raise UserError(
+            f"{where}: {kind!r} is none of {', '.join(map(repr, HOLD_OUT_BY))}."
+            f"{suggest(kind, HOLD_OUT_BY)}"
+        )
 
 
 def _names(field: str, names: Sequence[str]) -> tuple[str, ...]:

@@ -207,6 +207,11 @@ class Rows:
         return True
 
     @property
+    def examples(self) -> int:
+        """How many examples are placed."""
+        return sum(map(len, self._placed))
+
+    @property
     def least_filled(self) -> float:
         """The filled part of the row in use that is filled least."""
         return min(sum(map(self.need, placed)) for placed in self._placed if placed)

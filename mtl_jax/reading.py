@@ -11,7 +11,7 @@ TensorFlow runs at all.
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +20,11 @@ import seqio
 import tensorflow as tf
 
 from mtl_jax.errors import UserError
+from mtl_jax.overlap import fingerprint
 from mtl_jax.vocabulary import TokenizerVocabulary
 
 SIDES = ("inputs", "targets")
+_NOTHING = np.zeros(0, np.int32)
 _CHUNK = 16  # elements that cross from TensorFlow to Python together
 _SHORT_BUFFER = 64  # shuffle buffer where the source already permutes the whole split
 _AFTER_TRIM = seqio.preprocessors.append_eos_after_trim
@@ -48,13 +50,20 @@ class Epoch:
 class TaskReader:
     """Reads tokens of a task, not trimmed (unless a preprocessor of the task trims)."""
 
-    def __init__(self, task: seqio.Task, lengths: Mapping[str, int], use_cached: bool = False):
+    def __init__(
+        self,
+        task: seqio.Task,
+        lengths: Mapping[str, int],
+        use_cached: bool = False,
+        excluded: Collection[str] = (),
+    ):
         """Looks at the task's preprocessors; opens nothing.
 
         Args:
             task: yields 1-D integer `inputs` and `targets`.
             lengths: given to preprocessors that ask for `sequence_length`.
             use_cached: read SeqIO's offline cache if the task supports one.
+            excluded: fingerprints of inputs (`overlap.fingerprint`) that `tokens` gives no tokens.
 
         Raises:
             UserError: the task has not the two sides an encoder-decoder needs.
@@ -66,6 +75,7 @@ class TaskReader:
                 f"{', '.join(task.output_features)}); an encoder-decoder needs inputs and targets."
             )
         self.task = task
+        self._excluded = frozenset(excluded)
         self._lengths = {side: lengths[side] for side in SIDES}
         self._as_seqio = (use_cached and task.supports_caching) or type(task) is not seqio.Task
         steps = [
@@ -78,6 +88,11 @@ class TaskReader:
         self._encoders: dict[str, Callable[[Any], np.ndarray]] = {}
         if not self._as_seqio:
             self._steps, self._encoders = self._without_tokenizer(steps)
+
+    @property
+    def without_tensorflow(self) -> bool:
+        """Whether the task is read in Python alone, which is quick to open."""
+        return bool(self._encoders) and not self._steps and hasattr(self.task.source, "examples")
 
     def eos_after_trim(self, side: str) -> int | None:
         """Returns the EOS that ends a side even after trimming, None where trimming cuts it off."""
@@ -107,11 +122,16 @@ class TaskReader:
     def tokens(self, epoch: Epoch) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yields `(inputs, targets)`, int32 of any length, from example `epoch.start` on.
 
+        An excluded example comes with both sides empty, so that it counts in positions.
+
         Raises:
             UserError: what a source or preprocessor of ours found wrong, also inside TensorFlow.
         """
         inputs_of, targets_of = (self._encoders.get(side, _as_int32) for side in SIDES)
         for example in self._examples(epoch, whole=False):
+            if self._excluded and fingerprint(example["inputs"]) in self._excluded:
+                yield _NOTHING, _NOTHING
+                continue
             yield inputs_of(example["inputs"]), targets_of(example["targets"])
 
     def examples(self, epoch: Epoch) -> Iterator[dict[str, Any]]:
@@ -123,10 +143,20 @@ class TaskReader:
                 example[side] = encoder(example[side])
             yield example
 
+    def texts(self, epoch: Epoch) -> Iterator[tuple[str, str, str]]:
+        """Yields `(inputs, targets, fingerprint of the inputs)` of all examples, as texts."""
+        for example in self._examples(epoch, whole=False):
+            inputs, targets = (self._text(side, example[side]) for side in SIDES)
+            yield inputs, targets, fingerprint(example["inputs"])
+
+    def _text(self, side: str, value: Any) -> str:
+        if isinstance(value, str | bytes):
+            return value.decode() if isinstance(value, bytes) else value
+        return self.task.output_features[side].vocabulary.decode([int(token) for token in value])
+
     def _examples(self, epoch: Epoch, whole: bool) -> Iterator[Mapping[str, Any]]:
-        source = self.task.source
-        if self._encoders and not self._steps and hasattr(source, "examples"):
-            yield from source.examples(
+        if self.without_tensorflow:
+            yield from self.task.source.examples(
                 epoch.split, epoch.shuffle, epoch.seed, epoch.shard_info, start=epoch.start
             )
             return

@@ -5,7 +5,8 @@ command.txt       the command that reruns it
 versions.json     Python, packages, revision, platform and device
 model-info.txt    every parameter: shape, logical and mesh axes, bytes per device
 tokenizer/        the vocabulary, so that the checkpoints can be used alone
-mixture.txt       the tasks with their examples, rates and shares
+mixture.txt       the tasks with their examples, rates, shares and expected epochs
+mixture.json      the same as a list of rows, for programs
 tasks.json        the id of every task, frozen by name
 metrics.jsonl     one line per log step (and TensorBoard events)
 results.jsonl     one line per task, metric and evaluated step
@@ -15,12 +16,14 @@ ledger.json       where the time went
 report.html       all of it on one page
 """
 
+import dataclasses
 import datetime
 import importlib.metadata
 import json
 import math
 import os
 import platform
+import re
 import shlex
 import subprocess
 import tempfile
@@ -33,6 +36,7 @@ import numpy as np
 
 from mtl_jax.errors import UserError
 from mtl_jax.storage import replace_bytes, storage_errors
+from mtl_jax.task_info import TaskInfo, info
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "seqio", "mtl_jax")
 # Variables that change what the command does; they are written in front of it.
@@ -205,6 +209,62 @@ class RunDirectory:
         if ids != self.read_json("tasks.json"):
             self.write_json("tasks.json", ids)
         return ids
+
+
+def trained_on(path: str | Path) -> list[dict[str, Any]] | None:
+    """Returns what a run was trained on, and the run that it started from, and so on.
+
+    Args:
+      path: a run directory, its `checkpoints` folder or a step in it.
+
+    Returns:
+      Rows with `task`, `dataset`, `family` and `share`, of tasks that are drawn at all; None where
+      the folder tells nothing of it. A run that has only tasks.json tells names, and the
+      registered tasks of these names what they are about.
+
+    Raises:
+      UserError: a file is damaged.
+    """
+    given = Path(path).expanduser()
+    runs = [folder for folder in (given, *given.parents[:2]) if (folder / "tasks.json").exists()]
+    if not runs:
+        return None
+    run = RunDirectory(runs[0], primary=False)
+    rows = run.read_json("mixture.json")
+    if rows is None:
+        known = [info(name) for name in run.read_json("tasks.json")]
+        rows = [{**dataclasses.asdict(about), "share": None} for about in known]
+    found = [row for row in rows if row["share"] != 0]
+    # Written by ourselves: a literal on a line of its own.
+    gin = run.path / "config.gin"
+    text = gin.read_text(encoding="utf-8") if gin.exists() else ""
+    before = re.search(r"^Run\.restore_from = '([^'\n]+)'$", text, re.MULTILINE)
+    earlier = trained_on(before[1]) if before and Path(before[1]) != given else None
+    return found + (earlier or [])
+
+
+def seen_in_training(
+    tasks: Iterable[TaskInfo], trained: Iterable[Mapping[str, Any]], by: str = "dataset"
+) -> dict[str, list[str]]:
+    """Returns which of the evaluated tasks share their dataset with tasks that were trained on.
+
+    Args:
+      tasks: what is evaluated.
+      trained: rows of `trained_on`.
+      by: "dataset", or "family" for a stricter question.
+
+    Returns:
+      Names of the trained tasks by name of the evaluated one; those without any are left out.
+    """
+    of: dict[str, list[str]] = {}
+    for row in trained:
+        of.setdefault(row[by], []).append(row["task"])
+    found = {}
+    for task in tasks:
+        value = getattr(task, by)
+        if value and value in of:
+            found[task.task] = list(dict.fromkeys(of[value]))
+    return found
 
 
 def versions() -> dict[str, Any]:

@@ -92,10 +92,11 @@ class _TaskCursor:
                     return inputs, targets
                 skipped[COUNTERS.index("skipped")] += 1
             if not self._usable:
+                excluded = " or excluded by Data.exclude" if self._config.exclude else ""
                 raise UserError(
                     f"Task {self.name!r} has no usable example in its split "
                     f"{self._config.split!r}{self._which()}: {self.offset} read, all with an empty "
-                    "side. Mend its data or leave the task out of the mixture."
+                    f"side{excluded}. Mend its data or leave the task out of the mixture."
                 )
             self.epoch, self.offset, self._usable, self._stream = self.epoch + 1, 0, False, None
 

@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from mtl_jax import task_info
 from mtl_jax.data_config import DataConfig, MixtureConfig
 from mtl_jax.errors import UserError
-from mtl_jax.mixtures import build_mixture, load_modules, rates_of, unimax_shares
+from mtl_jax.mixtures import (
+    build_mixture,
+    held_out,
+    leave_one_out,
+    load_modules,
+    rates_of,
+    task_names,
+    unimax_shares,
+)
 from mtl_jax.packing import TaskDraws
 from mtl_jax.task_info import describe
 
@@ -57,7 +65,7 @@ def test_modules_that_fail_name_the_line(tmp_path, monkeypatch, text, message):
         load_modules(DataConfig(task_modules=["broken"]))
 
 
-def sized_task(name, size, dataset=""):
+def sized_task(name, size, dataset="", family=""):
     """A task whose source says how many training examples it has; nothing is ever read."""
     source = seqio.FunctionDataSource(
         lambda split, shuffle_files, seed=None: None,
@@ -66,7 +74,7 @@ def sized_task(name, size, dataset=""):
     )
     seqio.TaskRegistry.add(name, source=source, output_features={}, preprocessors=[])
     if dataset:
-        describe(name, dataset=dataset)
+        describe(name, dataset=dataset, family=family)
 
 
 @pytest.fixture
@@ -139,6 +147,149 @@ def test_cap_per_dataset_is_t0s(sized_tasks):
     assert rates_of("n")["size100"] == pytest.approx(30**0.5, rel=1e-12)
 
 
+def test_a_dataset_together_counts_for_no_more_than_its_cap(sized_tasks):
+    """1,100 examples in two tasks become 60, in the proportion of the tasks; 11 stay 11."""
+    config = MixtureConfig("m", ["size*"], maximum_dataset_total=60)
+    build_mixture(config)
+    expected = {"size1": 1, "size10": 10, "size100": 60 / 11, "size1000": 600 / 11}
+    assert rates_of("m") == pytest.approx(expected, rel=1e-12)
+    assert build_mixture(config) == "m"
+    build_mixture(MixtureConfig("n", ["size*"], maximum_dataset_total=60, temperature=2.0))
+    assert rates_of("n")["size1000"] == pytest.approx((600 / 11) ** 0.5, rel=1e-12)
+
+
+def test_the_two_caps_on_t0s_own_example(monkeypatch, sized_tasks):
+    """Nine prompts of 400,000 rows: 3.6 million by T0's cap of 500,000, 500,000 by the other."""
+    names = [f"prompt{i}" for i in range(9)]
+    for name in names:
+        sized_task(name, 400_000, "news")
+    build_mixture(MixtureConfig("t0", names, maximum_per_dataset=500_000))
+    build_mixture(MixtureConfig("sane", names, maximum_dataset_total=500_000))
+    assert sum(rates_of("t0").values()) == 3_600_000
+    assert sum(rates_of("sane").values()) == pytest.approx(500_000, rel=1e-12)
+
+
+def test_caps_by_name_and_glob(sized_tasks):
+    """A name beats a glob, and a task that no cap fits has none."""
+    caps = {"size10*": 50.0, "size100": 70.0}
+    build_mixture(MixtureConfig("m", ["size*"], maximum=caps))
+    assert rates_of("m") == {"size1": 1, "size10": 10, "size100": 70, "size1000": 50}
+    two = MixtureConfig("n", ["size*"], maximum={"size1": 1}, maximum_dataset_total={"size1": 9})
+    with pytest.raises(UserError, match=r"maximum and Mixture\.maximum_dataset_total are two caps"):
+        build_mixture(two)
+    # Only the tasks that a cap is for have it together.
+    half = MixtureConfig("h", ["size*"], maximum_dataset_total={"size1, size10": 9, "size100": 5})
+    build_mixture(half)
+    expected = {"size1": 9 / 11, "size10": 90 / 11, "size100": 5, "size1000": 1000}
+    assert rates_of("h") == pytest.approx(expected, rel=1e-12)
+    with pytest.raises(UserError, match=r"Mixture\.maximum: 'sizes' is none of"):
+        build_mixture(MixtureConfig("n", ["size*"], maximum={"sizes": 9}))
+
+
+def test_parts_have_the_weights_of_all_their_tasks(sized_tasks):
+    """By hand. A mixture keeps the rates inside it; other parts have those of Mixture.rates."""
+    seqio.MixtureRegistry.add("inner", [("size1", 3.0), ("size10", 1.0)])
+    config = MixtureConfig(
+        "m", parts={"inner": 0.4, "size100, size1000": 0.6}, maximum={"size1000": 500}
+    )
+    assert build_mixture(config) == build_mixture(config) == "m"
+    expected = {"size1": 0.3, "size10": 0.1, "size100": 0.1, "size1000": 0.5}
+    assert rates_of("m") == pytest.approx(expected, rel=1e-12)
+    build_mixture(MixtureConfig("n", parts={"size10*": 3, "size1": 1}, rates="equal"))
+    expected = {"size1": 1, "size10": 1, "size100": 1, "size1000": 1}
+    assert rates_of("n") == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"parts": {"size*": 1, "size1": 1}}, r"'size1' is in 'size\*' and in 'size1'"),
+        ({"parts": {"size1": 1, "sise2": 1}}, r"No task or mixture 'sise2' is registered"),
+        ({"parts": {"size1": 0}}, r"Mixture\.parts\['size1'\] must be a positive number, not 0"),
+        ({"parts": {"size1": 1}, "tasks": ["size10"]}, "both say which tasks are mixed"),
+        (
+            {"parts": {"size1": 1}, "rates": "unimax", "max_epochs": 1, "budget": 1},
+            "shares a budget among all tasks",
+        ),
+        ({"parts": {"size1": 1}, "rates": {"size1": 0}}, "of all tasks of 'size1' are zero"),
+    ],
+)
+def test_parts_that_cannot_be(sized_tasks, values, message):
+    with pytest.raises(UserError, match=message):
+        build_mixture(MixtureConfig("m", **values))
+
+
+@pytest.fixture
+def families(sized_tasks):
+    """Six tasks: two prompts of qqp, mrpc (paraphrase), rte and cb (nli), and one of no family."""
+    sized_task("qqp_a", 100, "glue_qqp", "paraphrase")
+    sized_task("qqp_b", 100, "glue_qqp", "paraphrase")
+    sized_task("mrpc_a", 40, "glue_mrpc", "paraphrase")
+    sized_task("rte_a", 20, "rte", "Natural Language Inference")
+    sized_task("cb_a", 5, "cb", "Natural Language Inference")
+    sized_task("other", 7, "other")
+    return ["qqp_a", "qqp_b", "mrpc_a", "rte_a", "cb_a", "other"]
+
+
+@pytest.mark.parametrize(
+    ("hold_out", "gone"),
+    [
+        ({"dataset": ["glue_qqp"]}, ["qqp_a", "qqp_b"]),
+        ({"family": ["Natural*"]}, ["rte_a", "cb_a"]),
+        ({"task": ["qqp_b", "cb_*"], "dataset": ["other"]}, ["qqp_b", "cb_a", "other"]),
+    ],
+)
+def test_what_is_held_out_is_not_in_the_mixture(families, hold_out, gone):
+    config = MixtureConfig("m", families, hold_out=hold_out)
+    build_mixture(config)
+    assert held_out(config) == gone
+    assert sorted([*task_names("m"), *gone]) == sorted(families)
+    # What stays has the rates that it had.
+    build_mixture(MixtureConfig("all", families))
+    assert rates_of("m") == {n: r for n, r in rates_of("all").items() if n not in gone}
+    # A part that is held out as a whole is gone, and the others keep their weights.
+    parts = {"qqp_*": 2.0, "rte_a, cb_a": 1.0, "mrpc_a, other": 1.0}
+    build_mixture(MixtureConfig("p", parts=parts, hold_out=hold_out))
+    rates = rates_of("p")
+    for part, weight in parts.items():
+        inside = [n for n in families if any(n.startswith(p.strip("* ")) for p in part.split(","))]
+        left = [n for n in inside if n not in gone]
+        assert sum(rates[n] for n in left) == pytest.approx(weight if left else 0, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("hold_out", "message"),
+    [
+        ({"dataset": ["glue_qq"]}, r"'dataset'\]: 'glue_qq' fits no task .* mean 'glue_qqp'"),
+        ({"family": ["qa"]}, r"Known: Natural Language Inference, paraphrase\."),
+        ({"task": ["*"]}, "leaves no task"),
+        ({"families": ["nli"]}, r"'families' is none of 'dataset', 'family', 'task'"),
+        ({"family": "nli"}, r"must be a list of names, not 'nli'"),
+    ],
+)
+def test_what_cannot_be_held_out(families, hold_out, message):
+    with pytest.raises(UserError, match=message):
+        build_mixture(MixtureConfig("m", families, hold_out=hold_out))
+
+
+def test_each_family_is_left_out_in_turn(families):
+    config = MixtureConfig("m", families, leave_one_out="family")
+    # Data.mixture must say which.
+    assert build_mixture(config) == build_mixture(config) == ""
+    assert sorted(task_names("m")) == sorted(families)
+    assert task_names("m_without_paraphrase") == ["cb_a", "other", "rte_a"]
+    without = rates_of("m_without_natural_language_inference")
+    assert without == {"mrpc_a": 40, "other": 7, "qqp_a": 100, "qqp_b": 100}
+    made = leave_one_out("m", by="dataset")
+    assert [name.removeprefix("m_without_") for name in made] == [
+        *("cb", "glue_mrpc", "glue_qqp", "other", "rte"),
+    ]
+    assert task_names("m_without_glue_qqp") == ["cb_a", "mrpc_a", "other", "rte_a"]
+    build_mixture(MixtureConfig("one", ["qqp_*", "other"]))
+    with pytest.raises(UserError, match=r"are of 1 family, and two are needed"):
+        leave_one_out("one")
+
+
 def test_tasks_are_drawn_by_their_rates(sized_tasks):
     """Chi-square, 3 degrees of freedom: by chance above 25.9 once in 10^5; the seed is fixed."""
     build_mixture(MixtureConfig("m", ["size*"], rates="unimax", max_epochs=4, budget=400))
@@ -163,6 +314,8 @@ def test_tasks_are_drawn_by_their_rates(sized_tasks):
         ),
         ({"rates": {"a": 1}, "maximum_per_dataset": 2}, r"Mixture\.maximum_per_dataset is set"),
         ({"maximum": 1, "maximum_per_dataset": 2}, "two caps: remove one"),
+        ({"maximum": {"a": 0}}, r"Mixture\.maximum\['a'\] must be positive or None, not 0"),
+        ({"leave_one_out": "famly"}, r"'famly' is none of .* Did you mean 'family'"),
     ],
 )
 def test_options_of_other_rates_are_refused(values, message):
