@@ -395,6 +395,8 @@ def prompt_strip(
     median: float,
     marks: Sequence[tuple[str, float]],
     *,
+    quartiles: tuple[float, float] | None = None,
+    names: Sequence[str] = (),
     width: int = 220,
 ) -> str:
     """Returns a strip with a dot for each prompt, a bar at the median and ticks for baselines.
@@ -405,6 +407,8 @@ def prompt_strip(
       high: value at the right end.
       median: drawn as a bar.
       marks: baselines as (CSS class, value).
+      quartiles: drawn as a band behind the dots.
+      names: of the prompts, shown on hovering.
       width: units of the drawing.
     """
     height, margin = 26, 6
@@ -417,13 +421,22 @@ def prompt_strip(
         f'aria-label="median {median:g} of {len(values)} prompts">'
         f'<line class="grid" x1="{margin}" x2="{width - margin}" y1="13" y2="13"/>'
     ]
+    if quartiles:
+        x, end = map(x_of, quartiles)
+        parts.append(
+            f'<rect class="quartiles" x="{x:.1f}" y="8" width="{end - x:.1f}" height="10"/>'
+        )
     for style, value in marks:
         x = x_of(value)
         parts.append(
             f'<line class="{style}" x1="{x:.1f}" x2="{x:.1f}" y1="3" y2="23">'
             f"<title>{style} {value:g}</title></line>"
         )
-    parts += [f'<circle class="dot" cx="{x_of(value):.1f}" cy="13" r="4"/>' for value in values]
+    titles = [f"<title>{html.escape(name)}</title>" for name in names] or [""] * len(values)
+    parts += [
+        f'<circle class="dot" cx="{x_of(value):.1f}" cy="13" r="4">{title}</circle>'
+        for value, title in zip(values, titles, strict=True)
+    ]
     x = x_of(median)
     parts.append(f'<line class="median" x1="{x:.1f}" x2="{x:.1f}" y1="4" y2="22"/></svg>')
     return "".join(parts)

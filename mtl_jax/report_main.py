@@ -1,20 +1,20 @@
-"""`mtl-jax report`: the page of a run, or one page that compares several."""
+"""`mtl-jax report`: the page of a run or a sweep, or one page over several."""
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from mtl_jax import report
+from mtl_jax import report, sweep_files, sweep_report
 from mtl_jax.errors import UserError
 from mtl_jax.storage import read_jsonl, replace_text, storage_errors
 
 
 def main(args: argparse.Namespace) -> int:
-    """Rebuilds the page of every run and prints its results, or compares the runs.
+    """Rebuilds the page of every run or sweep and prints its results, or puts them side by side.
 
     Raises:
-      UserError: a folder that holds no run, a damaged file, runs that cannot be compared, or flags
-        that do not fit each other.
+      UserError: a folder that holds no run and no sweep, a damaged file, runs that cannot be
+        compared, or flags that do not fit each other.
     """
     _check_flags(args)
     if args.representations:
@@ -28,17 +28,43 @@ def main(args: argparse.Namespace) -> int:
     if args.compare:
         write_comparison(args.run_dirs, args.output or ".", args.lower_is_better, args.tasks)
         return 0
+    if args.output:
+        _write_sweeps(args.run_dirs, args.output, args.tensorboard)
+        return 0
     for folder in args.run_dirs:
+        if sweep_files.is_sweep(Path(folder)):
+            _write_sweeps([folder], folder, args.tensorboard)
+            continue
         page = report.write_report(folder)
         print(report.results_table(read_jsonl(Path(folder) / "results.jsonl")), end="")
         print(f"Report: {page}")
     return 0
 
 
+def _write_sweeps(folders: Sequence[str | Path], output: str | Path, tensorboard: bool) -> None:
+    made = sweep_report.SweepReport(folders)
+    page = made.write(output, tensorboard)
+    print(made.table(), end="")
+    print(f"Report: {page}")
+
+
 def _check_flags(args: argparse.Namespace) -> None:
-    for name in ("output", "tasks", "lower_is_better"):
+    for name in ("tasks", "lower_is_better"):
         if getattr(args, name) and not args.compare:
             raise UserError(f"--{name} is of --compare: add that, or remove it.")
+    if args.tensorboard and args.compare:
+        raise UserError("--tensorboard is not of --compare: remove one of them.")
+    sweeps = [folder for folder in args.run_dirs if sweep_files.is_sweep(Path(folder))]
+    if args.tensorboard and not (sweeps or args.output):
+        raise UserError(
+            "--tensorboard is of sweeps: a run writes its own with Run.tensorboard = True."
+        )
+    for name in ("compare", "representations"):
+        if sweeps and getattr(args, name):
+            raise UserError(
+                f"--{name} is of runs, and {sweeps[0]} is a sweep: to put sweeps side by side, "
+                "give --output alone."
+            )
     if args.examples is not None and not args.representations:
         raise UserError("--examples is of --representations: add that, or remove it.")
 

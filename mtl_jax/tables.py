@@ -6,7 +6,7 @@ where known `chance` and `majority` (the baselines of the task), `family` and `t
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -105,8 +105,7 @@ def _summary(key: tuple[Any, ...], members: Sequence[tuple[Row, float | None]]) 
         )
         for row, untrained in members
     )
-    values = [prompt.value for prompt in prompts]
-    low, median, high = (float(value) for value in np.percentile(values, [25, 50, 75]))
+    mean, median, quartiles = over_prompts([prompt.value for prompt in prompts])
     return Summary(
         dataset=dataset,
         family=next((row["family"] for row, _ in members if row.get("family")), ""),
@@ -114,13 +113,19 @@ def _summary(key: tuple[Any, ...], members: Sequence[tuple[Row, float | None]]) 
         metric=metric,
         trained=trained,
         prompts=prompts,
-        mean=float(np.mean(values)),
+        mean=mean,
         median=median,
-        quartiles=(low, high),
+        quartiles=quartiles,
         chance=_mean(row["chance"] for row, _ in members),
         majority=_mean(row["majority"] for row, _ in members),
         untrained=_mean(untrained for _, untrained in members),
     )
+
+
+def over_prompts(values: Sequence[float]) -> tuple[float, float, tuple[float, float]]:
+    """Returns mean, median and quartiles; quartiles interpolate linearly between prompts."""
+    low, median, high = (float(value) for value in np.percentile(values, [25, 50, 75]))
+    return float(np.mean(values)), median, (low, high)
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
@@ -137,26 +142,30 @@ def format_value(value: float | None, decimals: int) -> str:
 def decimals(summary: Summary) -> int:
     """Returns 1 for a metric that counts in percent, 3 for one between 0 and 1."""
     baselines = (summary.chance, summary.majority, summary.untrained)
-    values = [*(prompt.value for prompt in summary.prompts), *(b for b in baselines if b)]
+    return digits([*(prompt.value for prompt in summary.prompts), *(b for b in baselines if b)])
+
+
+def digits(values: Sequence[float]) -> int:
+    """Returns the decimals for one metric's values: 3 if all lie between -1 and 1, otherwise 1."""
     return 3 if max(abs(value) for value in values) <= 1 else 1
 
 
 def cells(summary: Summary) -> dict[str, str]:
     """Returns one line of the results table by column; what is unknown is `-`."""
-    digits = decimals(summary)
-    low, high = (format_value(value, digits) for value in summary.quartiles)
+    places = decimals(summary)
+    low, high = (format_value(value, places) for value in summary.quartiles)
     return {
         "dataset": summary.dataset,
         "prompts": summary.kind,
         "split": summary.split,
         "metric": summary.metric,
         "#": str(len(summary.prompts)),
-        "mean": format_value(summary.mean, digits),
-        "median": format_value(summary.median, digits),
+        "mean": format_value(summary.mean, places),
+        "median": format_value(summary.median, places),
         "quartiles": f"{low} to {high}" if len(summary.prompts) > 1 else UNKNOWN,
-        "chance": format_value(summary.chance, digits),
-        "majority": format_value(summary.majority, digits),
-        "untrained": format_value(summary.untrained, digits),
+        "chance": format_value(summary.chance, places),
+        "majority": format_value(summary.majority, places),
+        "untrained": format_value(summary.untrained, places),
     }
 
 
@@ -186,21 +195,32 @@ def results_table(rows: Iterable[Row], *, markdown: bool = False) -> str:
     lines = [cells(summary) for summary in summarise(rows)]
     if not lines:
         return "No results yet.\n"
-    columns = table_columns(lines)
+    form = markdown_table if markdown else aligned_table
+    return form(lines, table_columns(lines), _TEXT_COLUMNS)
+
+
+def markdown_table(
+    lines: Sequence[Mapping[str, str]], columns: Sequence[str], texts: Collection[str]
+) -> str:
+    """Returns a GitHub table of the columns; those in `texts` are aligned to the left."""
     header = dict(zip(columns, columns, strict=True))
-    if markdown:
-        rule = {name: ":---" if name in _TEXT_COLUMNS else "---:" for name in columns}
-        table = [header, rule, *lines]
-        return "".join(
-            "| " + " | ".join(line[c].replace("|", "\\|") for c in columns) + " |\n"
-            for line in table
-        )
+    rule = {name: ":---" if name in texts else "---:" for name in columns}
+    return "".join(
+        "| " + " | ".join(line[c].replace("|", "\\|") for c in columns) + " |\n"
+        for line in (header, rule, *lines)
+    )
+
+
+def aligned_table(
+    lines: Sequence[Mapping[str, str]], columns: Sequence[str], texts: Collection[str]
+) -> str:
+    """Returns a table for the terminal; see `markdown_table`."""
+    header = dict(zip(columns, columns, strict=True))
     widths = {c: max(len(line[c]) for line in (header, *lines)) for c in columns}
 
     def text(line: Mapping[str, str]) -> str:
         padded = [
-            line[c].ljust(widths[c]) if c in _TEXT_COLUMNS else line[c].rjust(widths[c])
-            for c in columns
+            line[c].ljust(widths[c]) if c in texts else line[c].rjust(widths[c]) for c in columns
         ]
         return "  ".join(padded).rstrip() + "\n"
 
