@@ -1,7 +1,8 @@
 """Few compiled shapes for many ragged rows: which rows of which tasks share a batch."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ import numpy as np
 _DECODER_WEIGHT = 3
 # Shapes are merged as long as this share of all the work is added, however few there are.
 _CHEAP_SHARE = 0.01
+
+Tokens = Sequence[int] | np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,12 +25,30 @@ class Request:
       inputs: encoder tokens.
       choices: the targets to score, as token lists; empty: generate.
       group: rows of different groups never share a batch, only shapes.
+      max_length: tokens to generate at most; rows that differ in it never share a batch.
+      eos_id: ends what is generated; -1: nothing ends it before `max_length`.
     """
 
     key: Any
-    inputs: Sequence[int]
-    choices: Sequence[Sequence[int]] = ()
+    inputs: Tokens
+    choices: Sequence[Tokens] = ()
     group: int = 0
+    max_length: int = 0
+    eos_id: int = 1
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """Encoder tokens, and decoder tokens of all choices together."""
+        return len(self.inputs), sum(len(choice) for choice in self.choices)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What is compiled: rows of a batch, and the two lengths that they are padded to."""
+
+    rows: int
+    inputs_length: int
+    targets_length: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +86,7 @@ class _Group:
         )
 
 
-def pad_rows(rows: Sequence[Sequence[int]], count: int, length: int) -> np.ndarray:
+def pad_rows(rows: Sequence[Tokens], count: int, length: int) -> np.ndarray:
     """Token lists as int32 [count, length], padded with 0.
 
     Raises:
@@ -89,14 +110,62 @@ def _rows(count: int, batch_size: int, row_multiple: int) -> int:
     return -(-wanted // row_multiple) * row_multiple
 
 
+class Shapes:
+    """A few batch shapes for rows of many lengths, and which row runs in which.
+
+    Lengths are first rounded up to `bucket`s; then, again and again, the two groups whose union
+    adds the least padding become one. All depends on the lengths only: the same tasks give the same
+    shapes at every evaluation, nothing is compiled twice, and a row runs in the same shape whatever
+    rows are beside it.
+
+    Attributes:
+      all: the shapes, the shortest first.
+    """
+
+    def __init__(
+        self,
+        lengths: Mapping[tuple[int, int], int],
+        batch_size: int,
+        row_multiple: int = 1,
+        max_shapes: int = 8,
+    ):
+        """Chooses the shapes.
+
+        Args:
+          lengths: how many rows have so many encoder and decoder tokens, either all to be scored or
+            all to be generated.
+          batch_size: rows of a batch at most, a multiple of `row_multiple`.
+          row_multiple: batches have a multiple of so many rows (the data-parallel devices).
+          max_shapes: how many shapes may be compiled.
+        """
+        members: Counter[tuple[int, int]] = Counter()
+        for pair, count in lengths.items():
+            members[_rounded(*pair)] += count
+        groups = [_Group(*pair, members[pair], (pair,)) for pair in sorted(members)]
+        sizes = np.array([_rows(n, batch_size, row_multiple) for n in range(batch_size + 1)])
+        while len(groups) > 1:
+            share, a, b = _cheapest_merge(groups, sizes)
+            if len(groups) <= max_shapes and share > _CHEAP_SHARE:
+                break
+            union = groups[a].union(groups[b])
+            groups = [group for i, group in enumerate(groups) if i not in (a, b)] + [union]
+            groups.sort(key=lambda group: (group.inputs_length, group.targets_length))
+        self.all: list[Shape] = []
+        self._of: dict[tuple[int, int], Shape] = {}
+        for group in groups:
+            rows = _rows(group.count, batch_size, row_multiple)
+            self.all.append(Shape(rows, group.inputs_length, group.targets_length))
+            self._of.update(dict.fromkeys(group.shapes, self.all[-1]))
+
+    def of(self, request: Request) -> Shape:
+        """The shape that a row runs in; its lengths must have been among those counted."""
+        return self._of[_rounded(*request.lengths)]
+
+
 def plan(
     requests: Sequence[Request], batch_size: int, row_multiple: int = 1, max_shapes: int = 8
 ) -> list[Batch]:
     """Groups requests of similar lengths into batches of at most `max_shapes` different shapes.
-
-    Lengths are first rounded up to `bucket`s; then, again and again, the two groups whose union
-    adds the least padding become one. The plan depends on the lengths only, so that the same tasks
-    give the same shapes at every evaluation and nothing is compiled twice.
 
     Args:
       requests: rows of any tasks, either all to be scored or all to be generated.
@@ -108,30 +177,51 @@ def plan(
       Batches, the shortest first; each request is in exactly one of them, and each batch holds
       requests of one group.
     """
-    members: dict[tuple[int, int], list[int]] = {}
-    for i, request in enumerate(requests):
-        targets = sum(len(choice) for choice in request.choices)
-        shape = (bucket(len(request.inputs)), bucket(targets) if targets else 0)
-        members.setdefault(shape, []).append(i)
-    groups = [_Group(*shape, len(members[shape]), (shape,)) for shape in sorted(members)]
-    rows_of_count = np.array([_rows(n, batch_size, row_multiple) for n in range(batch_size + 1)])
+    lengths = Counter(request.lengths for request in requests)
+    shapes = Shapes(lengths, batch_size, row_multiple, max_shapes)
+    members: dict[Shape, list[Request]] = {shape: [] for shape in shapes.all}
+    for request in requests:
+        members[shapes.of(request)].append(request)
+    return [batch for shape, mine in members.items() for batch in _cut(shape, mine)]
 
-    while len(groups) > 1:
-        share, a, b = _cheapest_merge(groups, rows_of_count)
-        if len(groups) <= max_shapes and share > _CHEAP_SHARE:
-            break
-        union = groups[a].union(groups[b])
-        groups = [group for i, group in enumerate(groups) if i not in (a, b)] + [union]
-        groups.sort(key=lambda group: (group.inputs_length, group.targets_length))
-    return [
-        batch
-        for group in groups
-        for batch in _cut(
-            group,
-            [requests[i] for i in sorted(i for shape in group.shapes for i in members[shape])],
-            _rows(group.count, batch_size, row_multiple),
-        )
-    ]
+
+def stream(
+    requests: Iterable[Request | None], shape_of: Callable[[Request], Shape], patience: int = 64
+) -> Iterator[Batch]:
+    """Batches of rows that come one after the other, each as soon as it is full.
+
+    So rows of different tasks share batches, a task is answered soon after its last row has come,
+    and no more rows are held than wait for company.
+
+    Args:
+      requests: rows; None: no more come for now, so that all that wait shall go.
+      shape_of: the shape of a row.
+      patience: how many batches may go while a row waits; then its batch goes as it is.
+
+    Yields:
+      Batches; each holds rows of one group and one `max_length`.
+    """
+    waiting: dict[tuple[Shape, int, int], list[Request]] = {}
+    since: dict[tuple[Shape, int, int], int] = {}
+    gone = 0
+
+    def batch(key: tuple[Shape, int, int]) -> Batch:
+        return _batch(key[0], waiting.pop(key))
+
+    for request in requests:
+        if request is None:
+            yield from map(batch, list(waiting))
+            continue
+        key = shape_of(request), request.group, request.max_length
+        if key not in waiting:
+            since[key] = gone
+        waiting.setdefault(key, []).append(request)
+        if len(waiting[key]) == key[0].rows:
+            yield batch(key)
+            gone += 1
+            for late in [other for other in waiting if gone - since[other] >= patience]:
+                yield batch(late)
+    yield from map(batch, list(waiting))
 
 
 def plan_window(
@@ -151,7 +241,7 @@ def plan_window(
       Batches, the shortest first; each request is in exactly one of them.
     """
     rows = rows or _rows(len(requests), batch_size, row_multiple)
-    targets = [sum(len(choice) for choice in request.choices) for request in requests]
+    targets = [request.lengths[1] for request in requests]
     order = sorted(range(len(requests)), key=lambda i: (len(requests[i].inputs), targets[i], i))
     batches = []
     for start in range(0, len(order), rows):
@@ -195,9 +285,16 @@ def _cheapest_merge(groups: Sequence[_Group], rows_of_count: np.ndarray) -> tupl
     return float(added_GG[a, b] / cost_G.sum()), a, b
 
 
-def _cut(group: _Group, requests: Sequence[Request], rows: int) -> Iterator[Batch]:
-    for number in sorted({request.group for request in requests}):
-        mine = [request for request in requests if request.group == number]
-        for start in range(0, len(mine), rows):
-            part = tuple(mine[start : start + rows])
-            yield Batch(rows, group.inputs_length, group.targets_length, part)
+def _rounded(inputs: int, targets: int) -> tuple[int, int]:
+    return bucket(inputs), bucket(targets) if targets else 0
+
+
+def _batch(shape: Shape, requests: Sequence[Request]) -> Batch:
+    return Batch(shape.rows, shape.inputs_length, shape.targets_length, tuple(requests))
+
+
+def _cut(shape: Shape, requests: Sequence[Request]) -> Iterator[Batch]:
+    for kind in sorted({(request.group, request.max_length) for request in requests}):
+        mine = [r for r in requests if (r.group, r.max_length) == kind]
+        for start in range(0, len(mine), shape.rows):
+            yield _batch(shape, mine[start : start + shape.rows])

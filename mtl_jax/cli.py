@@ -181,7 +181,20 @@ def _convert_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _report_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="folder of a finished run")
+    parser.add_argument(
+        "run_dirs", nargs="+", metavar="RUN_DIR", help="folder of a run or of a sweep"
+    )
+    parser.add_argument(
+        "--output",
+        metavar="FOLDER",
+        help="write one report over all the sweeps and runs into this folder; default: a report "
+        "for each, beside its files; of --compare: where to write, default: here",
+    )
+    parser.add_argument(
+        "--tensorboard",
+        action="store_true",
+        help="of sweeps: also write zeroshot/DATASET/mean, median and iqr as TensorBoard scalars",
+    )
     parser.add_argument(
         "--representations",
         action="store_true",
@@ -200,9 +213,6 @@ def _report_flags(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="write comparison.html, .json and .md over all the runs, methods x seeds; runs on one "
         "task alone are the baselines of that task",
-    )
-    group.add_argument(
-        "--output", metavar="FOLDER", help="of --compare: where to write; default: here"
     )
     group.add_argument(
         "--tasks",
@@ -229,8 +239,22 @@ def _compare_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _sweep_flags(parser: argparse.ArgumentParser) -> None:
+    add_config_flags(parser)
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="list the cells with their rows, tokens and time, and what is done; evaluate nothing",
+    )
+
+
 def _task_flags(parser: argparse.ArgumentParser) -> None:
     importlib.import_module("mtl_jax.tasks_main").add_arguments(parser)
+
+
+def _decontaminate_flags(parser: argparse.ArgumentParser) -> None:
+    add_config_flags(parser)
+    importlib.import_module("mtl_jax.decontaminate").add_arguments(parser)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,6 +296,15 @@ COMMANDS = {
         reads_data=True,
         config="mtl_jax.compare_config",
     ),
+    "sweep": Command(
+        "evaluate checkpoints x tasks x prompts x shots, zero-shot",
+        _sweep_flags,
+        "mtl_jax.sweep",
+        "main",
+        "mtl-jax sweep --gin_file=gin/runs/zero_shot.gin --dry_run",
+        reads_data=True,
+        config="mtl_jax.sweep_config",
+    ),
     "infer": Command(
         "generate or score the rows of a JSONL file",
         _infer_flags,
@@ -296,12 +329,22 @@ COMMANDS = {
         "mtl-jax tasks\n  mtl-jax tasks show NAME",
         reads_data=True,
     ),
+    "decontaminate": Command(
+        "find evaluation examples in the training mixture, and list what not to train on",
+        _decontaminate_flags,
+        "mtl_jax.decontaminate",
+        "main",
+        "mtl-jax decontaminate --gin_file=gin/mixtures/p3.gin --against 'super_glue_*' \\\n"
+        "    --split=validation --output=overlap.json --remove=leaks.jsonl",
+        reads_data=True,
+    ),
     "report": Command(
-        "write report.html from the files of a run, or compare runs",
+        "write report.html from the files of a run or a sweep, or compare several",
         _report_flags,
         "mtl_jax.report_main",
         "main",
         "mtl-jax report runs/quickstart\n"
+        "  mtl-jax report runs/sweep_a runs/sweep_b --output both\n"
         "  mtl-jax report --compare runs/*_seed* --output comparison",
     ),
 }

@@ -277,7 +277,7 @@ def score_choices(
     decoder_targets_BT: jax.Array,
     decoder_segments_BT: jax.Array,
     num_choices: int,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Log-likelihood of every choice of every row, reading each input once.
 
     The choices of a row lie behind one another in one decoder row (`pack_choices`): each sees
@@ -295,8 +295,9 @@ def score_choices(
       num_choices: C, the largest number of choices of a row.
 
     Returns:
-      float32 [B, C] sums of log-probabilities, and int32 [B, C] numbers of tokens; both 0 where a
-      row has fewer choices.
+      float32 [B, C] sums of log-probabilities, int32 [B, C] numbers of tokens, and float32 [B, C]
+      the part of the last token in each sum (of the end of sequence, where choices end with it);
+      all 0 where a row has fewer choices.
     """
     log_probability_BT = _target_log_probabilities(
         cfg,
@@ -309,8 +310,15 @@ def score_choices(
     )
     choice_C = jnp.arange(1, num_choices + 1, dtype=jnp.int32)
     belongs_BTC = decoder_segments_BT[:, :, None] == choice_C[None, None, :]
-    scores_BC = jnp.sum(jnp.where(belongs_BTC, log_probability_BT[:, :, None], 0.0), axis=1)
-    return scores_BC, jnp.sum(belongs_BTC, axis=1, dtype=jnp.int32)
+    # The next position is of another choice, or of none.
+    next_BT = jnp.pad(decoder_segments_BT[:, 1:], ((0, 0), (0, 1)))
+    ends_BTC = belongs_BTC & (next_BT != decoder_segments_BT)[:, :, None]
+
+    def sums_BC(chosen_BTC: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(chosen_BTC, log_probability_BT[:, :, None], 0.0), axis=1)
+
+    lengths_BC = jnp.sum(belongs_BTC, axis=1, dtype=jnp.int32)
+    return sums_BC(belongs_BTC), lengths_BC, sums_BC(ends_BTC)
 
 
 def _target_log_probabilities(
@@ -337,7 +345,7 @@ def _target_log_probabilities(
 
 
 def pack_choices(
-    choices: Sequence[Sequence[Sequence[int]]], count: int, length: int
+    choices: Sequence[Sequence[Sequence[int] | np.ndarray]], count: int, length: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Lays the choices of each row behind one another.
 

@@ -23,11 +23,22 @@ def load_eval_task(
     targets_length: int,
     limit: int | None = None,
     seed: int = 0,
+    *,
+    whole: bool = False,
 ) -> EvalTask:
     """Reads a task for evaluation: all examples in order, or a drawn subset of `limit`.
 
     Longer inputs, targets and choices are cut and the examples counted in `truncated`; `seed`
     draws the subset, which stays in the order of the split.
+
+    Args:
+        name: of a registered task.
+        split: one of its splits.
+        inputs_length: encoder tokens of an example at most.
+        targets_length: tokens of a target or a choice at most.
+        limit: examples at most; None or 0: all.
+        seed: of the subset.
+        whole: cut nothing, for those who cut in ways of their own; tokens are then int32 arrays.
 
     Raises:
         UserError: unknown task or split, or a split without examples.
@@ -46,10 +57,12 @@ def load_eval_task(
         found = [found[i] for i in sorted(chosen)]
     examples, truncated = [], 0
     for index, fields in found:
-        example, cut = _eval_example(index, fields, reader, lengths)
+        example, cut = _eval_example(index, fields, reader, None if whole else lengths)
         examples.append(example)
         truncated += cut
     vocabulary = task.output_features["targets"].vocabulary
+    of_inputs = task.output_features["inputs"].vocabulary.eos_id
+    skipped = getattr(task.source, "skipped", None)
     return EvalTask(
         name=name,
         info=info(name),
@@ -61,11 +74,14 @@ def load_eval_task(
         detokenize=lambda tokens: vocabulary.decode([int(token) for token in tokens]),
         truncated=truncated,
         eos_id=-1 if vocabulary.eos_id is None else int(vocabulary.eos_id),
+        inputs_eos_id=-1 if of_inputs is None else int(of_inputs),
+        eos_after_trim=reader.eos_after_trim("inputs") is not None,
+        skipped=skipped(split) if skipped is not None else None,
     )
 
 
 def _eval_example(
-    index: int, fields: dict[str, Any], reader: TaskReader, lengths: Mapping[str, int]
+    index: int, fields: dict[str, Any], reader: TaskReader, lengths: Mapping[str, int] | None
 ) -> tuple[EvalExample, bool]:
     features = reader.task.output_features
     targets_feature = features["targets"]
@@ -77,33 +93,32 @@ def _eval_example(
     )
     sides = {side: np.asarray(fields.pop(side), np.int32) for side in SIDES}
     choice_tokens = [encode(choice, targets_feature, eos) for choice in choices]
-    too_long = (
-        len(sides["inputs"]) > lengths["inputs"]
-        or len(sides["targets"]) > lengths["targets"]
-        or any(len(tokens) > lengths["targets"] for tokens in choice_tokens)
-    )
-    trimmed = {
-        side: trim(tokens, lengths[side], reader.eos_after_trim(side))
-        for side, tokens in sides.items()
-    }
     texts = {
         side: fields.pop(f"{side}_pretokenized", None)
         or features[side].vocabulary.decode([int(token) for token in tokens])
         for side, tokens in sides.items()
     }
-    return (
-        EvalExample(
+
+    def example(sides: Mapping[str, Any], choice_tokens: list[Any]) -> EvalExample:
+        return EvalExample(
             index=index,
-            inputs=trimmed["inputs"].tolist(),
-            targets=trimmed["targets"].tolist(),
+            inputs=sides["inputs"],
+            targets=sides["targets"],
             inputs_text=texts["inputs"],
             targets_text=texts["targets"],
             choices=choices,
-            choice_tokens=[
-                trim(tokens, lengths["targets"], reader.eos_after_trim("targets")).tolist()
-                for tokens in choice_tokens
-            ],
+            choice_tokens=choice_tokens,
             fields=fields,
-        ),
-        too_long,
-    )
+        )
+
+    if lengths is None:
+        return example(sides, choice_tokens), False
+    too_long = any(len(sides[side]) > lengths[side] for side in SIDES)
+    too_long |= any(len(tokens) > lengths["targets"] for tokens in choice_tokens)
+    cut = {
+        side: trim(tokens, lengths[side], reader.eos_after_trim(side)).tolist()
+        for side, tokens in sides.items()
+    }
+    end = reader.eos_after_trim("targets")
+    cut_choices = [trim(tokens, lengths["targets"], end).tolist() for tokens in choice_tokens]
+    return example(cut, cut_choices), too_long

@@ -4,8 +4,12 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from mtl_jax.errors import UserError
 from mtl_jax.task_info import TaskInfo
+
+Tokens = Sequence[int] | np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,12 +67,12 @@ class EvalExample:
     """
 
     index: int
-    inputs: list[int]
-    targets: list[int]
+    inputs: Tokens
+    targets: Tokens
     inputs_text: str
     targets_text: str
     choices: list[str] = dataclasses.field(default_factory=list)
-    choice_tokens: list[list[int]] = dataclasses.field(default_factory=list)
+    choice_tokens: list[Tokens] = dataclasses.field(default_factory=list)
     fields: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -88,6 +92,9 @@ class EvalTask:
       detokenize: from generated tokens, without end of sequence and padding, to text.
       truncated: how many examples were cut to fit the lengths.
       eos_id: ends what is generated; -1: nothing ends it before `max_decode_length`.
+      inputs_eos_id: that of the inputs' vocabulary; -1: it has none.
+      eos_after_trim: whether inputs that are cut still end with it.
+      skipped: rows of the split that give no example; None: not known.
     """
 
     name: str
@@ -100,6 +107,9 @@ class EvalTask:
     detokenize: Callable[[list[int]], str]
     truncated: int = 0
     eos_id: int = 1
+    inputs_eos_id: int = 1
+    eos_after_trim: bool = False
+    skipped: int | None = None
 
     @property
     def ranked(self) -> bool:
@@ -116,9 +126,54 @@ class EvalTask:
                 "examples have: give choices to all examples of a task or to none."
             )
         for example in self.examples:
-            if not all(example.choice_tokens):
+            if not all(map(len, example.choice_tokens)):
                 raise UserError(
                     f"Task {self.name!r}, {self.split} example {example.index}: an answer choice "
                     "without tokens cannot be ranked; let the task's targets end with EOS."
                 )
         return any(with_choices)
+
+    def asked(
+        self,
+        tokens: Tokens,
+        length: int,
+        *,
+        eos: bool | None = None,
+        truncate: str = "right",
+        null: bool = False,
+    ) -> tuple[np.ndarray, bool]:
+        """An input as it is put to the model.
+
+        Args:
+          tokens: the whole input, as the task's features say.
+          length: longer inputs are cut.
+          eos: whether it ends with the end of sequence, also if it is cut; None: as it does.
+          truncate: the end at which it is cut, "right" or "left".
+          null: an empty input instead: the end of sequence alone.
+
+        Returns:
+          int32 tokens, and whether some were cut off.
+
+        Raises:
+          UserError: an end of sequence is asked for, and the vocabulary has none.
+        """
+        if (eos or null) and self.inputs_eos_id < 0:
+            raise UserError(
+                f"Task {self.name!r}: the vocabulary of its inputs has no end of sequence, which "
+                "the protocol puts behind them."
+            )
+        end = np.array([self.inputs_eos_id], np.int32)
+        if null:
+            return end, False
+        whole = np.asarray(tokens, np.int32)
+        ended = bool(len(whole)) and whole[-1] == self.inputs_eos_id
+        body = whole[:-1] if ended else whole
+        wants_end = ended if eos is None else eos
+        if len(body) + wants_end <= length:
+            return (np.concatenate([body, end]) if wants_end else body), False
+        if truncate == "left":
+            kept = body[len(body) - (length - wants_end) :]
+            return (np.concatenate([kept, end]) if wants_end else kept), True
+        keeps_end = wants_end and (eos is True or self.eos_after_trim)
+        kept = body[: length - keeps_end]
+        return (np.concatenate([kept, end]) if keeps_end else kept), True

@@ -331,7 +331,7 @@ class LoadedModel:
         )
 
     def _score_batch(self, params: model.Params, batch: dict, *, num_choices: int) -> jax.Array:
-        scores_BC, _ = decode.score_choices(
+        scores_BC, *_ = decode.score_choices(
             self.config,
             params,
             batch["encoder_inputs"],

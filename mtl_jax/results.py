@@ -39,11 +39,20 @@ def baselines(examples: Sequence[EvalExample]) -> dict[str, float]:
     the choices at which the right answer stands most often.
     """
     chances = [e.choices.count(e.targets_text) / len(e.choices) for e in examples]
+    position = majority_position(examples)
+    at_position = [e.choices[position : position + 1] == [e.targets_text] for e in examples]
+    return {
+        "chance": 100.0 * float(np.mean(chances)),
+        "majority": 100.0 * float(np.mean(at_position)),
+    }
+
+
+def majority_position(examples: Sequence[EvalExample]) -> int:
+    """The position among the choices at which the right answer stands most often."""
     positions = Counter(
         e.choices.index(e.targets_text) for e in examples if e.targets_text in e.choices
     )
-    most = max(positions.values(), default=0)
-    return {"chance": 100.0 * float(np.mean(chances)), "majority": 100.0 * most / len(examples)}
+    return max(positions, key=positions.__getitem__, default=0)
 
 
 def warn(task: EvalTask) -> None:
@@ -81,6 +90,16 @@ def predicted_texts(task: EvalTask, outcomes: Sequence[Outcome]) -> list[str] | 
     return texts
 
 
+def processed(task: EvalTask, texts: Iterable[str], is_target: bool) -> list[Any]:
+    """Texts, one for each example, as the task's postprocessor makes them for the metrics."""
+    if task.postprocess is None:
+        return list(texts)
+    return [
+        task.postprocess(text, example=example.fields, is_target=is_target)
+        for text, example in zip(texts, task.examples, strict=True)
+    ]
+
+
 def rows_of_task(
     task: EvalTask,
     outcomes: Sequence[Outcome],
@@ -88,23 +107,14 @@ def rows_of_task(
     step: int,
 ) -> list[Row]:
     """One row for each metric and baseline of a task; see `Evaluator.run`."""
-
-    def processed(texts: Iterable[str], is_target: bool) -> list[Any]:
-        if task.postprocess is None:
-            return list(texts)
-        return [
-            task.postprocess(text, example=example.fields, is_target=is_target)
-            for text, example in zip(texts, task.examples, strict=True)
-        ]
-
-    targets = processed((example.targets_text for example in task.examples), True)
+    targets = processed(task, (example.targets_text for example in task.examples), True)
     values: dict[str, float] = {}
     if predictions is not None:
-        answers = processed(predictions, False)
+        answers = processed(task, predictions, False)
         for fn in task.metric_fns or ([metrics.accuracy] if task.ranked else []):
-            values |= _numbers(task.name, fn(targets, answers))
+            values |= numbers(task.name, fn(targets, answers))
     for fn in task.score_metric_fns:
-        values |= _numbers(task.name, fn(targets, [outcome.target_score for outcome in outcomes]))
+        values |= numbers(task.name, fn(targets, [outcome.target_score for outcome in outcomes]))
     if not values:
         logger.warning("%s has no metrics: only its predictions are written.", task.name)
     if task.ranked:
@@ -122,16 +132,16 @@ def rows_of_task(
     return [{**facts, "metric": name, "value": value, **counts} for name, value in values.items()]
 
 
-def _numbers(task: str, values: Mapping[str, Any]) -> dict[str, float]:
+def numbers(task: str, values: Mapping[str, Any]) -> dict[str, float]:
     """Metric values as plain numbers; SeqIO wraps some of them (`.value`), and some are texts."""
-    numbers = {}
+    plain = {}
     for name, value in values.items():
         value = getattr(value, "value", value)
         try:
-            numbers[name] = float(value)
+            plain[name] = float(value)
         except (TypeError, ValueError):
             logger.warning("%s: metric %s is no number and is left out.", task, name)
-    return numbers
+    return plain
 
 
 def records(

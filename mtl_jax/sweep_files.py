@@ -6,8 +6,12 @@
         PASS.jsonl                              what the model said in one pass, a line per example
         predictions.jsonl                       all passes and protocols together, to be read
         results.jsonl                           rows of the table
-    results.jsonl                               the table: the rows of all cells
+    plan.json                                   which cells the newest start is about, in order
+    results.jsonl                               the table: the rows of these cells
     report.html, results.md, results.tex
+
+Cells that are no part of the plan, such as those of a prompt that has changed since, stay on disk
+but are not in the table.
 
 A pass is one way of asking the model (`sweeps/`): it stands on disk whole or not at all, so a file
 that is there is done. Protocols (protocols.py) are arithmetic over passes.
@@ -35,7 +39,7 @@ from typing import Any
 from mtl_jax.errors import UserError
 from mtl_jax.storage import read_jsonl, replace_text, storage_errors
 
-CELLS, CELL_FACTS = "cells", "cell.json"
+CELLS, CELL_FACTS, PLAN = "cells", "cell.json", "plan.json"
 PREDICTIONS, RESULTS = "predictions.jsonl", "results.jsonl"
 # Answers without a model: a random choice, the choice that is right most often, the input itself,
 # the answer of the first example in front of the input.
@@ -93,9 +97,34 @@ def cell_folder(root: Path, checkpoint: str, task: str, shots: int, key: str) ->
     return root / CELLS / checkpoint / task / f"{shots}shot-{key[:10]}"
 
 
+def write_plan(root: Path, folders: Iterable[Path]) -> None:
+    """Says which cells the sweep is about; they need not be there yet.
+
+    Raises:
+      UserError: no space or no permission.
+    """
+    names = [folder.relative_to(root / CELLS).as_posix() for folder in folders]
+    with storage_errors(f"write {PLAN}", root):
+        replace_text(root / PLAN, json.dumps({"cells": names}, indent=1) + "\n")
+
+
 def cell_folders(root: Path) -> list[Path]:
-    """All cells of a sweep that have their facts, sorted by path."""
-    return sorted(path.parent for path in (root / CELLS).glob(f"*/*/*/{CELL_FACTS}"))
+    """The cells of a sweep that have their facts, in the order of its plan.
+
+    Without a plan: all of them, sorted by path.
+
+    Raises:
+      UserError: plan.json is damaged.
+    """
+    path = root / PLAN
+    if not path.exists():
+        return sorted(path.parent for path in (root / CELLS).glob(f"*/*/*/{CELL_FACTS}"))
+    try:
+        names = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        folders = [root / CELLS / name for name in names]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read: {error}. Delete it.") from error
+    return [folder for folder in folders if (folder / CELL_FACTS).exists()]
 
 
 def read_facts(folder: Path) -> CellFacts:

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections import Counter
 
 import numpy as np
 from hypothesis import given, settings
@@ -126,3 +127,47 @@ def test_a_plan_for_twenty_thousand_requests():
     # All in one shape, padded to the longest, would be 2048 + 3 x 512 for each request.
     work = sum(b.rows * (b.inputs_length + 3 * b.targets_length) for b in batches)
     assert work < 0.8 * 20_000 * (2048 + 3 * 512)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(
+        st.tuples(st.integers(0, 40), st.integers(0, 9), st.integers(0, 1)), max_size=60
+    ),
+    batch_size=st.sampled_from([2, 4, 8]),
+    max_shapes=st.integers(1, 4),
+    patience=st.integers(1, 4),
+    pause=st.integers(0, 60),
+)
+def test_a_stream_holds_every_request_once_and_lets_none_wait_too_long(
+    lengths, batch_size, max_shapes, patience, pause
+):
+    requests = [
+        buckets.Request(i, [5] * inputs, [[6] * targets] if targets else [], group)
+        for i, (inputs, targets, group) in enumerate(lengths)
+    ]
+    counted = Counter(request.lengths for request in requests)
+    shapes = buckets.Shapes(counted, batch_size, 1, max_shapes)
+    taken: list = []
+
+    def coming():
+        for i, request in enumerate([*requests[:pause], None, *requests[pause:]]):
+            if request is not None:
+                taken.append(i)
+            yield request
+
+    went: dict = {}
+    for number, batch in enumerate(buckets.stream(coming(), shapes.of, patience)):
+        assert 0 < len(batch.requests) <= batch.rows <= batch_size
+        assert len({request.group for request in batch.requests}) == 1
+        for request in batch.requests:
+            shape = shapes.of(request)
+            assert shape == buckets.Shape(batch.rows, batch.inputs_length, batch.targets_length)
+            assert request.key not in went
+            went[request.key] = number, len(taken)
+    assert sorted(went) == list(range(len(requests)))
+    # A batch goes when it is full: no more rows wait than its shapes and groups have room for.
+    rooms = 2 * sum(shape.rows for shape in shapes.all)
+    assert all(came - key <= rooms * (patience + 1) for key, (_, came) in went.items())
+    if 0 < pause < len(requests):
+        assert all(went[i][1] <= pause for i in range(pause))

@@ -64,7 +64,7 @@ def test_one_choice_gets_the_golden_log_likelihood(version):
     targets = [[row[row > 0].tolist()] for row in golden.TARGETS]
     packed = decode.pack_choices(targets, *golden.TARGETS.shape)
     score = jax.jit(functools.partial(decode.score_choices, cfg, num_choices=1))
-    scores, tokens = score(params, INPUTS, SEGMENTS, *packed)
+    scores, tokens, _ = score(params, INPUTS, SEGMENTS, *packed)
     np.testing.assert_allclose(scores[:, 0], SCORES[version], atol=2e-5)
     assert tokens.tolist() == [[6], [4], [2]]
 
@@ -117,27 +117,30 @@ def _packed_scores(choices, score=None):
 
 
 def test_packed_choices_score_as_if_each_were_alone():
-    scores, tokens = _packed_scores(CHOICES)
+    scores, tokens, last = _packed_scores(CHOICES)
     cfg, params = _model("1.1")
-    expected, lengths = np.zeros((4, 4)), np.zeros((4, 4), int)
+    expected, lengths, before = np.zeros((4, 4)), np.zeros((4, 4), int), np.zeros((4, 4))
     for i, row in enumerate(CHOICES):
         for c, target in enumerate(row):
             expected[i, c] = _alone(cfg, params, INPUTS[i][SEGMENTS[i] > 0], target)
+            before[i, c] = _alone(cfg, params, INPUTS[i][SEGMENTS[i] > 0], target[:-1])
             lengths[i, c] = len(target)
     np.testing.assert_allclose(scores, expected, atol=1e-5)
+    # Teacher forced, so the sum up to a token is that of the target without those behind it.
+    np.testing.assert_allclose(last, expected - before, atol=1e-5)
     np.testing.assert_array_equal(tokens, lengths)
 
 
 def test_scores_do_not_depend_on_the_order_of_packing():
-    straight, _ = _packed_scores(CHOICES)
-    backward, _ = _packed_scores([row[::-1] for row in CHOICES])
+    straight, *_ = _packed_scores(CHOICES)
+    backward, *_ = _packed_scores([row[::-1] for row in CHOICES])
     for i, row in enumerate(CHOICES):
         n = len(row)
         np.testing.assert_allclose(backward[i, :n][::-1], straight[i, :n], atol=1e-5)
 
 
 def test_slices_of_the_logits_change_nothing(monkeypatch):
-    whole, _ = _packed_scores(CHOICES)
+    whole, *_ = _packed_scores(CHOICES)
     cfg, _ = _model("1.1")
     largest, plain = [], model.logits
 
@@ -147,7 +150,7 @@ def test_slices_of_the_logits_change_nothing(monkeypatch):
 
     monkeypatch.setattr(decode.model, "logits", watched)
     monkeypatch.setattr(decode, "_LOGITS_BYTES", 4 * 4 * cfg.vocab_size * 5)  # 5 positions fit
-    sliced, _ = _packed_scores(CHOICES, _score_function())
+    sliced, *_ = _packed_scores(CHOICES, _score_function())
     assert max(largest) == 4  # the largest divisor of 16 that fits
     np.testing.assert_allclose(sliced, whole, atol=1e-6)
 

@@ -93,7 +93,7 @@ def test_ranking_gives_the_choice_that_scores_best_alone(tmp_path):
         inputs = buckets.pad_rows([example.inputs] * count, 4, 12)
         with jax.default_matmul_precision("highest"):
             packed = decode.pack_choices([[choice] for choice in example.choice_tokens], 4, 4)
-            alone, lengths = (column[:, 0] for column in score(inputs, *packed))
+            alone, lengths, _ = (column[:, 0] for column in score(inputs, *packed))
         np.testing.assert_allclose(record["scores"], alone[:count], atol=1e-5)
         assert record["n_tokens"] == lengths[:count].tolist()
         assert record["chosen"] == int(np.argmax(alone[:count]))
@@ -304,3 +304,33 @@ def test_config_refuses_impossible_values():
         EvalConfig(batch_size=0)
     with pytest.raises(UserError, match=r"Eval\.limit must be at least 0, got -1"):
         EvalConfig(limit=-1)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "form", "expected", "cut"),
+    [
+        ([5, 6, 7], {}, [5, 6, 7], False),
+        ([5, 6, 7, 8, 9], {}, [5, 6, 7, 8], True),
+        ([5, 6, 7, 1], {}, [5, 6, 7, 1], False),
+        # As SeqIO trims: the end of sequence is cut off like any token.
+        ([5, 6, 7, 8, 1], {}, [5, 6, 7, 8], True),
+        ([5, 6, 7], {"eos": True}, [5, 6, 7, 1], False),
+        ([5, 6, 7, 1], {"eos": True}, [5, 6, 7, 1], False),
+        ([5, 6, 7, 8], {"eos": True}, [5, 6, 7, 1], True),
+        ([5, 6, 7, 8, 1], {"eos": True, "truncate": "left"}, [6, 7, 8, 1], True),
+        ([5, 6, 7, 8, 9], {"truncate": "left"}, [6, 7, 8, 9], True),
+        ([5, 6, 7, 1], {"eos": False}, [5, 6, 7], False),
+        ([5, 6, 7, 8, 9], {"null": True}, [1], False),
+    ],
+)
+def test_inputs_are_asked_in_the_form_of_a_pass(tokens, form, expected, cut):
+    asked, is_cut = _task("asked", []).asked(tokens, 4, **form)
+    assert (asked.tolist(), bool(is_cut)) == (expected, cut)
+    # Where the task's own trimming keeps the end of sequence, so does this.
+    kept, _ = _task("asked", [], eos_after_trim=True).asked([5, 6, 7, 8, 1], 4)
+    assert kept.tolist() == [5, 6, 7, 1]
+
+
+def test_an_end_of_sequence_that_the_vocabulary_has_not_is_a_user_error():
+    with pytest.raises(UserError, match="'asked': the vocabulary of its inputs has no end"):
+        _task("asked", [], inputs_eos_id=-1).asked([5, 6], 4, eos=True)

@@ -36,7 +36,7 @@ ORDER = (
     *("tasks", "data", "shards", "eval_reading", "effective_mixture", "mixtures", "reading"),
     *("sources", "packing", "vocabulary", "quiet_tensorflow"),
     # What uses the model stands before it.
-    *("inference", "interop", "sweeps", "evaluate"),
+    *("sweeps", "inference", "interop", "evaluate"),
     *("decode", "beam", "sampling", "hypotheses", "stop_strings", "buckets"),
     *("results", "protocols", "metrics", "eval_task", "placement", "overlap"),
     # The way of a batch.
