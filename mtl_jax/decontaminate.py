@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mtl_jax import overlap
-
 if TYPE_CHECKING:
+    from mtl_jax import overlap
     from mtl_jax.data_config import DataConfig
 
 _AT_ONCE = 1024  # training examples held in memory
@@ -34,17 +33,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ngram",
         type=int,
-        default=overlap.NGRAM,
         metavar="N",
-        help="consecutive words that count as an overlap; default: %(default)s",
+        help="consecutive words that count as an overlap; default: 13, as GPT-3's",
     )
     parser.add_argument(
         "--shortest",
         type=int,
-        default=overlap.SHORTEST,
         metavar="N",
-        help="words of an input, or a line of it, below N that counts as a whole; default: "
-        "%(default)s",
+        help="words of an input, or a line of it, below N that counts as a whole; default: 8",
     )
     parser.add_argument(
         "--min_overlap",
@@ -95,7 +91,7 @@ def main(args: argparse.Namespace) -> int:
     # Only now: the command's flags need no TensorFlow.
     import tqdm
 
-    from mtl_jax import config, data
+    from mtl_jax import config, data, overlap
     from mtl_jax.errors import UserError
 
     if not 0 <= args.min_overlap <= 1:
@@ -112,7 +108,9 @@ def main(args: argparse.Namespace) -> int:
     against = [task for name in data.expand(given) for task in data.task_names(name)]
     split = args.split or cfg.eval.split
     texts = {task: _inputs(task, split, cfg.data) for task in dict.fromkeys(against)}
-    index = overlap.OverlapIndex(texts, args.ngram, args.shortest)
+    ngram = overlap.NGRAM if args.ngram is None else args.ngram
+    shortest = overlap.SHORTEST if args.shortest is None else args.shortest
+    index = overlap.OverlapIndex(texts, ngram, shortest)
     trained = [task for task, rate in data.rates_of(mixture).items() if rate]
     hit: set[int] = set()
     found = [
@@ -123,8 +121,8 @@ def main(args: argparse.Namespace) -> int:
         "mixture": mixture,
         "split": cfg.data.split,
         "evaluation_split": split,
-        "ngram": args.ngram,
-        "shortest": args.shortest,
+        "ngram": ngram,
+        "shortest": shortest,
         "min_overlap": args.min_overlap,
     }
     _print(report)
@@ -152,7 +150,7 @@ def _texts(task: str, split: str, config: "DataConfig") -> Iterator[tuple[str, s
 
 
 def _scan(
-    index: overlap.OverlapIndex, task: str, config: "DataConfig", least: float, hit: set[int]
+    index: "overlap.OverlapIndex", task: str, config: "DataConfig", least: float, hit: set[int]
 ) -> TaskOverlap:
     """Compares all examples of a training task; adds the evaluation examples found to `hit`."""
     found = TaskOverlap(task)
@@ -180,7 +178,7 @@ def _scan(
 
 
 def _sample(
-    index: overlap.OverlapIndex, match: overlap.Match, row: int, inputs: str
+    index: "overlap.OverlapIndex", match: "overlap.Match", row: int, inputs: str
 ) -> dict[str, Any]:
     return {
         "row": row,
@@ -197,7 +195,7 @@ def _short(text: str) -> str:
 
 
 def _report(
-    index: overlap.OverlapIndex, found: Sequence[TaskOverlap], hit: set[int]
+    index: "overlap.OverlapIndex", found: Sequence[TaskOverlap], hit: set[int]
 ) -> dict[str, Any]:
     """All counts, for JSON."""
     examples = Counter(index.task_of)
@@ -275,6 +273,7 @@ def _print_table(lines: Sequence[Sequence[str]]) -> None:
 def _write(args: argparse.Namespace, report: dict[str, Any], found: Sequence[TaskOverlap]) -> None:
     import json
 
+    from mtl_jax import overlap
     from mtl_jax.storage import replace_text, storage_errors
 
     if args.output:

@@ -1,6 +1,6 @@
 """Registered tasks made ready for evaluation: all examples of a split as texts and tokens."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from mtl_jax.eval_task import EvalExample, EvalTask
 from mtl_jax.mixtures import check_split, provider
 from mtl_jax.packing import trim
 from mtl_jax.reading import SIDES, Epoch, TaskReader, encode
+from mtl_jax.sources import RowsDataSource
 from mtl_jax.task_info import info
 
 CHOICES_SEPARATOR = "|||"  # of PromptSource
@@ -49,9 +50,10 @@ def load_eval_task(
     check_split(task, split)
     lengths = {"inputs": inputs_length, "targets": targets_length}
     reader = TaskReader(task, lengths)
-    found = list(enumerate(reader.examples(Epoch(split, shuffle=False, seed=seed))))
-    if not found:
+    read = list(reader.examples(Epoch(split, shuffle=False, seed=seed)))
+    if not read:
         raise UserError(f"Task {name!r}: its split {split!r} gives no examples.")
+    found = list(zip(_row_numbers(task.source, split, len(read)), read, strict=True))
     if limit and limit < len(found):
         chosen = np.random.default_rng(seed).choice(len(found), limit, replace=False)
         found = [found[i] for i in sorted(chosen)]
@@ -62,7 +64,7 @@ def load_eval_task(
         truncated += cut
     vocabulary = task.output_features["targets"].vocabulary
     of_inputs = task.output_features["inputs"].vocabulary.eos_id
-    skipped = getattr(task.source, "skipped", None)
+    source = task.source
     return EvalTask(
         name=name,
         info=info(name),
@@ -76,8 +78,15 @@ def load_eval_task(
         eos_id=-1 if vocabulary.eos_id is None else int(vocabulary.eos_id),
         inputs_eos_id=-1 if of_inputs is None else int(of_inputs),
         eos_after_trim=reader.eos_after_trim("inputs") is not None,
-        skipped=skipped(split) if skipped is not None else None,
+        skipped=source.skipped(split) if isinstance(source, RowsDataSource) else None,
     )
+
+
+def _row_numbers(source: seqio.DataSource, split: str, count: int) -> Sequence[int]:
+    """The row behind each example: the same under all prompts of a dataset, where that is known."""
+    rows = source.kept(split) if isinstance(source, RowsDataSource) else None
+    # A preprocessor that drops or adds examples leaves no way to tell.
+    return rows if rows is not None and len(rows) == count else range(count)
 
 
 def _eval_example(

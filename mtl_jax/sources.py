@@ -62,6 +62,11 @@ class RowsDataSource(seqio.DataSource):
         """Returns the number of rows of a split."""
         return len(self.rows(split))
 
+    def kept(self, split: str) -> Sequence[int] | None:
+        """Returns the rows that give an example, in order; None: all, or not known yet."""
+        del split
+        return None
+
     def skipped(self, split: str) -> int | None:
         """Returns how many rows give no example; None: not known before a whole pass."""
         del split

@@ -32,6 +32,7 @@ class RenderedDataSource(RowsDataSource):
 
     def __init__(self, splits: Sequence[str]):
         super().__init__(splits)
+        self._kept: dict[str, list[int]] = {}
         self._skipped: dict[str, int] = {}
 
     @abc.abstractmethod
@@ -44,6 +45,13 @@ class RenderedDataSource(RowsDataSource):
     def num_input_examples(self, split: str) -> int:
         """Returns the number of rows, the ones that give no example included."""
         return self.open(split)[0]
+
+    def kept(self, split: str) -> Sequence[int] | None:
+        """Returns the rows that gave an example in the last complete pass in order; None: none yet.
+
+        The same row has the same number under every prompt, whatever rows a prompt leaves out.
+        """
+        return self._kept.get(split)
 
     def skipped(self, split: str) -> int | None:
         """Returns how many rows of a split gave no example.
@@ -87,16 +95,18 @@ class RenderedDataSource(RowsDataSource):
         order_N = np.arange(shard.index, count, shard.num_shards)
         if shuffle:
             order_N = np.random.default_rng(seed).permutation(order_N)
-        found = 0
+        kept: list[int] = []
         for index in order_N:
             example = write(int(index), seed if shuffle else None)
             if example is None:
                 continue
-            if found >= start:
+            kept.append(int(index))
+            if len(kept) > start:
                 yield example
-            found += 1
         if shard.num_shards == 1:
-            self._skipped[split] = count - found
+            self._skipped[split] = count - len(kept)
+            if not shuffle:
+                self._kept[split] = kept
 
     def get_dataset(
         self,

@@ -38,7 +38,7 @@ def read_rows(subset: str) -> dict[str, Rows]:
     Raises:
         UserError: the data folder or a file is missing, or a line is malformed.
     """
-    rows = {}
+    rows: dict[str, Rows] = {}
     for split in ("train", "validation"):
         path = data_file("glue_superglue", f"super_glue.{subset}", f"{split}.jsonl.gz")
         rows[split] = list(read_json_lines(path, ("idx", "label")))

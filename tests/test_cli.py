@@ -1,5 +1,6 @@
 """The command line: help, speed, usage errors, exit statuses, what the commands receive."""
 
+import re
 import subprocess
 import sys
 import types
@@ -38,7 +39,7 @@ def test_no_argument_prints_the_help(capsys):
     assert cli.main([]) == 0
     shown = capsys.readouterr().out
     for name, known in cli.COMMANDS.items():
-        assert f"{name} " in shown
+        assert re.search(rf"^    {name}\s", shown, re.MULTILINE)
         assert known.summary in shown
 
 

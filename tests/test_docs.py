@@ -15,7 +15,7 @@ import pytest
 DOCS = Path(__file__).parent.parent / "docs"
 # A block is a file where the text before it ends or begins its last paragraph with `name.ext`.
 _BLOCK = re.compile(r"((?:[^\n]+\n)+)\n```(\w+)\n(.*?)```", re.DOTALL)
-_FILE = re.compile(r"`([\w.]+\.(?:py|gin|jsonl|tsv))`(?::| says| shows)")
+_FILE = re.compile(r"`([\w.]+\.(?:py|gin|jsonl|tsv|yaml))`(?::| says| shows)")
 
 
 def section(page, title):

@@ -4,7 +4,6 @@ import json
 import re
 
 import pytest
-import test_docs
 from test_docs import DOCS, play
 
 from mtl_jax.sweep_config import SweepConfig
@@ -14,10 +13,7 @@ PAGE = DOCS / "sweeps.md"
 
 
 @pytest.mark.slow
-def test_sweeps(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        test_docs, "_FILE", re.compile(r"`([\w.]+\.(?:py|gin|jsonl|tsv|yaml))`(?::| says| shows)")
-    )
+def test_sweeps(tmp_path):
     output = play(PAGE, tmp_path)
     assert "A customer writes: The price on the bill is wrong. It is about" in output or (
         "A customer writes: I was charged twice this month. It is about" in output

@@ -1,7 +1,7 @@
 """From the stored passes of a cell to its predictions and its rows of the table; no model runs."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -85,13 +85,30 @@ def _scores(line: Row) -> ChoiceScores:
 
 
 def _metrics(
-    question: Question, fns: Sequence[MetricFn], targets: Sequence[Any], texts: Sequence[str]
+    question: Question, protocols: Iterable[Protocol], texts: Sequence[str]
 ) -> dict[str, float]:
-    answers = results.processed(question.task, texts, False)
+    """The values of all metrics that the protocols report, for answers in the order of examples."""
     values: dict[str, float] = {}
-    for fn in fns:
-        values |= _values(question, fn, targets, answers)
+    # Most protocols report the same metrics.
+    for fns, protocol in {_metric_fns(question, p): p for p in protocols}.items():
+        targets, answers = _compared(question, protocol, texts)
+        for fn in fns:
+            values |= _values(question, fn, targets, answers)
     return values
+
+
+def _metric_fns(question: Question, protocol: Protocol) -> tuple[MetricFn, ...]:
+    return protocol.metric_fns(question.task.metric_fns, question.ranked)
+
+
+def _compared(
+    question: Question, protocol: Protocol, texts: Sequence[str]
+) -> tuple[list[Any], list[Any]]:
+    """The targets and answers that the protocol's metrics compare."""
+    task = question.task
+    right = [example.targets_text for example in task.examples]
+    targets, answers = results.processed(task, right, True), results.processed(task, texts, False)
+    return protocol.compared(targets, answers, right, texts)
 
 
 def _values(
@@ -110,17 +127,13 @@ def _values(
 
 def _rows(cell: Cell, answers: Mapping[Protocol, Answers]) -> list[Row]:
     """The rows of the table: metrics of each protocol, then baselines."""
-    question, task = cell.question, cell.question.task
-    texts = (example.targets_text for example in task.examples)
-    targets = results.processed(task, texts, True)
-    rows, every_fn = [], {}
+    question = cell.question
+    rows = []
     for protocol, of_protocol in answers.items():
-        fns = protocol.metric_fns(task.metric_fns, question.ranked)
-        every_fn.update({fn.__name__: fn for fn in fns})
-        values = _metrics(question, fns, targets, of_protocol.texts)
+        values = _metrics(question, [protocol], of_protocol.texts)
         cut = max(question.truncated(name) for name in protocol.passes_for(question.ranked))
         rows += _table_rows(cell, protocol.name, values, cut)
-    for name, values in _baselines(question, list(every_fn.values()), targets):
+    for name, values in _baselines(question, list(answers)):
         rows += _table_rows(cell, name, values, 0)
     return rows
 
@@ -154,34 +167,33 @@ def _table_rows(cell: Cell, protocol: str, values: Mapping[str, float], cut: int
 
 
 def _baselines(
-    question: Question, fns: Sequence[MetricFn], targets: Sequence[Any]
+    question: Question, protocols: Sequence[Protocol]
 ) -> list[tuple[str, dict[str, float]]]:
     examples = question.task.examples
     found = []
     if question.ranked:
-        found.append(("random", _random(question, fns, targets)))
+        found.append(("random", _random(question, protocols)))
         position = results.majority_position(examples)
         texts = [e.choices[position] if position < len(e.choices) else "" for e in examples]
-        found.append(("majority", _metrics(question, fns, targets, texts)))
+        found.append(("majority", _metrics(question, protocols, texts)))
     else:
-        texts = [example.inputs_text for example in examples]
-        found.append(("copy_input", _metrics(question, fns, targets, texts)))
-    if question.shots:
-        texts = [str(example.fields.get("demonstration", "")) for example in examples]
-        found.append(("copy_demonstration", _metrics(question, fns, targets, texts)))
+        # The question itself, without the instruction or the exemplars around it.
+        texts = [str(example.fields.get("query", example.inputs_text)) for example in examples]
+        found.append(("copy_input", _metrics(question, protocols, texts)))
+    texts = [str(example.fields.get("demonstration") or "") for example in examples]
+    if any(texts):  # an instruction may have some without any shots
+        found.append(("copy_demonstration", _metrics(question, protocols, texts)))
     return found
 
 
-def _random(
-    question: Question, fns: Sequence[MetricFn], targets: Sequence[Any]
-) -> dict[str, float]:
+def _random(question: Question, protocols: Sequence[Protocol]) -> dict[str, float]:
     """The expected score of a random choice: exact for accuracy, else the mean of some draws."""
     examples = question.task.examples
     rng = np.random.default_rng(0)
     draws = []
     for _ in range(_DRAWS):
         texts = [e.choices[int(rng.integers(len(e.choices)))] for e in examples]
-        draws.append(_metrics(question, fns, targets, texts))
+        draws.append(_metrics(question, protocols, texts))
     values = {name: float(np.mean([draw[name] for draw in draws])) for name in draws[0]}
     if "accuracy" in values and question.task.postprocess is None:
         values["accuracy"] = results.baselines(examples)["chance"]
@@ -195,7 +207,7 @@ def _predictions(question: Question, answers: Mapping[Protocol, Answers]) -> lis
     task = question.task
     targets = results.processed(task, (e.targets_text for e in task.examples), True)
     scores = {
-        protocol: _example_scores(question, protocol, targets, of_protocol.texts)
+        protocol: _example_scores(question, protocol, of_protocol.texts)
         for protocol, of_protocol in answers.items()
     }
     lines = []
@@ -220,12 +232,10 @@ def _predictions(question: Question, answers: Mapping[Protocol, Answers]) -> lis
     return lines
 
 
-def _example_scores(
-    question: Question, protocol: Protocol, targets: Sequence[Any], texts: Sequence[str]
-) -> list[float]:
+def _example_scores(question: Question, protocol: Protocol, texts: Sequence[str]) -> list[float]:
     """0 to 100 for each example: the first metric, or exact match where that is of the whole."""
-    answers = results.processed(question.task, texts, False)
-    fns = protocol.metric_fns(question.task.metric_fns, question.ranked)
+    targets, answers = _compared(question, protocol, texts)
+    fns = _metric_fns(question, protocol)
     first = fns[0] if fns and metrics.per_example(fns[0]) else metrics.accuracy
     scores = []
     for target, answer in zip(targets, answers, strict=True):
