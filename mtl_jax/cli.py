@@ -2,7 +2,8 @@
 
 Only the standard library is imported here; each command's modules are imported when it runs, so
 that help and usage errors come at once. Exit status: 0 success, 1 a user's mistake (one line on
-stderr), 2 a malformed command line, 130 interrupted.
+stderr), 2 a malformed command line, 75 told to stop, saved and to be continued by the same command,
+130 interrupted.
 """
 
 import argparse
@@ -15,9 +16,10 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from mtl_jax import __version__
-from mtl_jax.errors import UserError, suggest
+from mtl_jax.errors import Stopped, UserError, suggest
 
 GIN_FLAG = "--gin."
+TO_BE_CONTINUED = 75  # exit status; sysexits.h: a temporary failure, try again
 
 
 class Parser(argparse.ArgumentParser):
@@ -452,6 +454,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"mtl-jax {args.command}: {error}", file=sys.stderr)
         return _stop(1)
+    except Stopped as stopped:
+        print(f"mtl-jax {args.command}: {stopped}", file=sys.stderr)
+        return TO_BE_CONTINUED
     except KeyboardInterrupt:
         print(f"mtl-jax {args.command}: interrupted", file=sys.stderr)
         return _stop(130)

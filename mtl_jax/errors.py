@@ -11,6 +11,13 @@ class UserError(Exception):
     """
 
 
+class Stopped(Exception):
+    """A run that was told to stop has saved, and the same command continues it.
+
+    The command line shows it as one line and exits with status 75.
+    """
+
+
 def suggest(name: str, known: Iterable[str], count: int = 3) -> str:
     """Returns `" Did you mean 'a' or 'b'?"` for the known names nearest to `name`, or `""`."""
     near = difflib.get_close_matches(name, list(known), n=count, cutoff=0.6)

@@ -8,11 +8,12 @@ and in the same order, as each waits for all others.
 import argparse
 import glob
 import importlib.util
+import io
 import json
 import os
 import sys
 from collections.abc import Mapping
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -26,7 +27,10 @@ _FLAGS = {
     "process_id": "JAX_PROCESS_ID",
 }
 
-_NOWHERE = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+
+class _Nowhere(io.TextIOBase):
+    def write(self, text: str, /) -> int:
+        return len(text)
 
 
 def start(args: argparse.Namespace) -> None:
@@ -124,9 +128,9 @@ def primary() -> bool:
     return jax.process_index() == 0
 
 
-def screen() -> TextIO:
+def screen() -> Any:
     """Where progress is told: the standard error of the primary process; of others nowhere."""
-    return sys.stderr if primary() else _NOWHERE
+    return sys.stderr if primary() else _Nowhere()
 
 
 def gather(value: Any) -> list[Any]:

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -26,8 +27,9 @@ from mtl_jax import (
     tokenizer,
 )
 from mtl_jax.checkpoint import Checkpointer
-from mtl_jax.errors import UserError
+from mtl_jax.errors import Stopped, UserError
 from mtl_jax.logbook import Logbook
+from mtl_jax.preemption import Preemption
 from mtl_jax.run_directory import model_info, versions
 from mtl_jax.sharing import tree
 from mtl_jax.sharing.embeddings import prompt_ids
@@ -69,13 +71,7 @@ def train(session: build.Session, argv: list[str]) -> None:
         run.create()
         tasks = data.task_names(cfg.data.mixture)
         task_ids = run.task_ids(tasks)
-        stream = closing.enter_context(
-            data.TrainStream(
-                *(cfg.data, task_ids, *sharding.readers(mesh)),
-                {name: session.block_of(name) for name in tasks},
-                prompt_ids(session.sharing),
-            )
-        )
+        stream = closing.enter_context(open_stream(session, task_ids))
         with ledger("eval"):
             eval_tasks = session.eval_tasks()
 
@@ -96,7 +92,7 @@ def train(session: build.Session, argv: list[str]) -> None:
         run.freeze_task_ids(tasks)
         describe_run(session, argv)
         book = closing.enter_context(Logbook(session, task_ids, ledger, first))
-        evaluator = session.evaluator()
+        evaluator, told = session.evaluator(), closing.enter_context(Preemption())
 
         def evaluate(number: int) -> list[Any]:
             progress = report.evaluation_progress()
@@ -121,6 +117,8 @@ def train(session: build.Session, argv: list[str]) -> None:
                 state, metrics = update(state, arrays, rng, reference)
             book.add(number, metrics, batch)
             last = number == cfg.run.steps
+            # Not where an evaluation is due: the run that goes on would never make it up.
+            stop = told.reached(number) and not last and not due(number, cfg.eval.every)
             if not last:
                 with ledger("data"):
                     ahead = next_batch(stream, mesh)
@@ -131,13 +129,25 @@ def train(session: build.Session, argv: list[str]) -> None:
                 if cfg.balance.follow_rates and due(number, cfg.eval.every):
                     batch = stream.by_rates(session.rates(state), batch)
                     ahead = ahead if last else next_batch(stream, mesh)
-            if last or due(number, cfg.checkpoint.every):
+            if last or stop or due(number, cfg.checkpoint.every):
                 book.flush()  # a loss that is not finite must stop the run before it is saved
                 with ledger("checkpoint"):
                     checkpointer.save(number, state, data.whole_state(batch), meta, scores)
+            if stop:
+                break
         with ledger("checkpoint"):
             checkpointer.wait()
+        if not last:
+            raise Stopped(f"told to stop: saved at step {number:,}; the same command continues.")
         book.finish(stream.counters_by_task(ahead[1]), session.rates(state))
+
+
+def open_stream(session: build.Session, task_ids: Mapping[str, int]) -> data.TrainStream:
+    """The training stream of this process."""
+    cfg = session.config.data
+    owners = {name: session.block_of(name) for name in data.task_names(cfg.mixture)}
+    part = sharding.readers(session.mesh)
+    return data.TrainStream(cfg, task_ids, *part, owners, prompt_ids(session.sharing))
 
 
 def continued(

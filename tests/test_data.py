@@ -162,9 +162,9 @@ def test_background_thread_changes_nothing():
     assert not [t for t in threading.enumerate() if t.name == "mtl_jax input"]
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, 4, 8])
 def test_global_batch_does_not_depend_on_the_number_of_processes(processes):
-    config = change(num_shards=4)
+    config = change(num_shards=4, batch_size=8)  # two of eight processes share a shard
     whole = take(TrainStream(config, IDS), 3)
     parts = [take(TrainStream(config, IDS, index, processes), 3) for index in range(processes)]
     for step, batch in enumerate(whole):
@@ -176,6 +176,20 @@ def test_global_batch_does_not_depend_on_the_number_of_processes(processes):
     stream = TrainStream(config, IDS)
     stream.restore(merged)
     assert_same(take(stream, 1), whole[2:])
+
+
+def test_another_number_of_processes_goes_on_with_the_shards_that_there_were():
+    before = take(TrainStream(change(num_shards=2, batch_size=4), IDS), 2)
+    for readers in (1, 4):
+        parts = []
+        for reader in range(readers):
+            stream = TrainStream(change(batch_size=4), IDS, reader, readers)
+            stream.restore(before[0].state)
+            parts.append(next(stream).arrays["encoder_input_tokens"])
+        joined = np.concatenate(parts)
+        np.testing.assert_array_equal(joined, before[1].arrays["encoder_input_tokens"])
+    with pytest.raises(UserError, match=r"num_shards = 2 must be a multiple or a divisor of the 3"):
+        TrainStream(change(batch_size=6), IDS, 0, 3).restore(before[0].state)
 
 
 @pytest.mark.parametrize("shards", [1, 2])

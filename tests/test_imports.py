@@ -54,7 +54,7 @@ ORDER = (
         "multitask_html",
     ),
     *("heat_map", "charts", "analysis", "tables", "run_directory"),
-    *("sweep_files", "storage", "tokenizer", "processes"),
+    *("sweep_files", "storage", "tokenizer", "preemption", "processes"),
     *("flops", "task_info", "data_config", "generate_config", "infer_config", "model_config"),
     *("run_config", "config_types", "patterns", "user_modules", "errors"),
 )

@@ -1,0 +1,192 @@
+"""Jobs of several processes: real ones over loopback, and how they find one another."""
+
+import argparse
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import test_train
+
+from mtl_jax import processes, sharding
+from mtl_jax.errors import UserError
+from mtl_jax.sharding import MeshConfig
+
+STEPS = 6
+# Two shards in every run, so that all read the same batches.
+VALUES = {"Run__steps": STEPS, "Checkpoint__every": 3, "Data__num_shards": 2}
+
+
+def start_job(folder, count, *, devices=4, **changes):
+    """`mtl-jax train` as so many processes with `devices` devices in all."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    flags = test_train.flags(folder, **(VALUES | changes))
+    environment = test_train.environment() | {"JAX_NUM_CPU_DEVICES": str(devices // count)}
+    job = ["--process_timeout=20", "--process_start_timeout=120"]
+    if count > 1:
+        job += [f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={count}"]
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "mtl_jax", *flags, *job, *[f"--process_id={i}"] * (count > 1)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(count)
+    ]
+
+
+def finish(job, seconds=300):
+    """What each process said on standard error, once all have ended."""
+    return [process.communicate(timeout=seconds)[1] for process in job]
+
+
+def run(folder, count, **changes):
+    job = start_job(folder, count, **changes)
+    said = finish(job)
+    assert [process.returncode for process in job] == [0] * count, said
+    return said
+
+
+def told(folder):
+    """Losses by step, and results without what depends on the clock."""
+    lines = test_train.lines(folder / "metrics.jsonl")
+    losses = {line["step"]: line["loss"] for line in lines if "loss" in line}
+    results = folder / "results.jsonl"
+    return losses, test_train.lines(results) if results.exists() else []
+
+
+def wait_for_a_step(folder, job):
+    metrics = folder / "metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while not (metrics.exists() and metrics.read_text()):
+        alive = all(process.poll() is None for process in job)
+        assert alive, finish(job)
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    run(folder, 1)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("count", "mesh"),
+    [(2, {"Mesh__fsdp": 2, "Mesh__tensor": 2}), (4, {"Mesh__tensor": 2})],
+    ids=["2_fsdp_tensor", "4_two_to_a_row"],
+)
+def test_several_processes_train_evaluate_and_save_as_one(tmp_path, alone, count, mesh):
+    # In the last case two processes hold the same rows.
+    said = run(tmp_path / "run", count, **mesh)
+    losses, results = told(tmp_path / "run")
+    expected_losses, expected_results = told(alone)
+    assert list(losses) == list(expected_losses)
+    # Sums over devices in another order.
+    np.testing.assert_allclose(list(losses.values()), list(expected_losses.values()), rtol=1e-5)
+    assert results == expected_results
+    assert (tmp_path / "run/data.json").read_text() == (alone / "data.json").read_text()
+    assert not any(said[1:]), "only the first process speaks"
+
+
+@pytest.mark.slow
+def test_any_number_of_processes_goes_on_with_a_run(tmp_path, alone):
+    run(tmp_path / "run", 2, Run__steps=3)
+    run(tmp_path / "run", 4, Run__steps=STEPS, Mesh__fsdp=4, Mesh__data=1)
+    losses, _ = told(tmp_path / "run")
+    expected, _ = told(alone)
+    np.testing.assert_allclose(list(losses.values()), list(expected.values()), rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_when_a_process_dies_the_others_stop_and_say_so(tmp_path, killed):
+    job = start_job(tmp_path / "run", 2, Run__steps=100_000, Eval__tasks="()")
+    wait_for_a_step(tmp_path / "run", job)
+    job[killed].send_signal(signal.SIGKILL)
+    said = finish(job, 60)[1 - killed]
+    assert job[1 - killed].returncode not in (0, None)
+    # Where the first process is gone, JAX itself ends the others, with its own words.
+    assert "another process has ended" in said or "another task died" in said
+
+
+@pytest.mark.slow
+def test_a_mistake_in_one_process_ends_it_at_once(tmp_path):
+    job = start_job(tmp_path / "run", 2, Data__mixture="tinny")
+    said = finish(job, 120)
+    assert [process.returncode for process in job] == [1, 1]
+    assert "Did you mean 'tiny'" in said[0]
+
+
+def arguments(**given):
+    values = dict.fromkeys(("coordinator_address", "num_processes", "process_id"))
+    timeouts = {"process_start_timeout": 5, "process_timeout": 10}
+    return argparse.Namespace(**(values | timeouts | given))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"num_processes": 2}, "needs --coordinator_address too"),
+        ({"coordinator_address": "host", "num_processes": 2, "process_id": 0}, "HOST:PORT"),
+        ({"coordinator_address": "h:1", "num_processes": 2, "process_id": 2}, "one of 0 to 1"),
+    ],
+)
+def test_half_an_address_is_refused(given, message):
+    with pytest.raises(UserError, match=message):
+        processes.start(arguments(**given))
+
+
+def test_an_address_may_stand_in_the_environment(monkeypatch):
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
+    with pytest.raises(UserError, match="JAX_NUM_PROCESSES is no number: 'two'"):
+        processes.start(arguments())
+
+
+def test_nothing_happens_to_a_process_that_is_alone(monkeypatch):
+    monkeypatch.setattr(processes, "launcher", lambda environment: "")
+    processes.start(arguments())
+    assert processes.gather({"a": 1}) == [{"a": 1}]
+    assert not processes.several()
+
+
+@pytest.mark.parametrize(
+    ("environment", "found"),
+    [
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, "SLURM"),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, ""),  # an interactive shell
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "Open MPI"),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, "the TPU pod"),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, ""),
+        ({}, ""),
+    ],
+)
+def test_what_started_the_processes(environment, found):
+    assert processes.launcher(environment) == found
+
+
+def test_alone_there_is_one_reader():
+    assert sharding.readers(sharding.make_mesh(MeshConfig(tensor=2))) == (0, 1)
+
+
+@pytest.mark.slow
+def test_a_job_that_is_told_to_stop_saves_and_goes_on_bit_by_bit(tmp_path):
+    changes = {"Run__steps": 200, "Checkpoint__every": 0, "Eval__tasks": "()"}
+    job = start_job(tmp_path / "run", 2, **changes)
+    wait_for_a_step(tmp_path / "run", job)
+    job[1].send_signal(signal.SIGTERM)  # one is enough
+    said = finish(job, 120)
+    assert [process.returncode for process in job] == [75, 75], said
+    assert "told to stop: saved at step" in said[0]
+    run(tmp_path / "run", 2, **changes)
+    run(tmp_path / "whole", 2, **changes)
+    assert told(tmp_path / "run")[0] == told(tmp_path / "whole")[0]
