@@ -186,7 +186,7 @@ def plan(
 
 
 def stream(
-    requests: Iterable[Request | None], shape_of: Callable[[Request], Shape], patience: int = 64
+    requests: Iterable[Request | None], shape_of: Callable[[Request], Shape], patience: int = 16
 ) -> Iterator[Batch]:
     """Batches of rows that come one after the other, each as soon as it is full.
 
