@@ -32,6 +32,8 @@ done
 
 status=0
 for child in "${children[@]}"; do
-  wait "$child" || status=$?
+  # A signal interrupts `wait`; the child may still have to save.
+  while code=0; wait "$child" || code=$?; kill -0 "$child" 2>/dev/null; do :; done
+  [[ $code -eq 0 ]] || status=$code
 done
 exit "$status"

@@ -36,7 +36,7 @@ class Snapshot:
     origin: dict[str, Any]
     shard: int
     draw: int
-    positions: dict[str, tuple[int, int]]
+    positions: dict[str, tuple[int, int, bool]]
     waiting: tuple[Waiting, ...]
     counters: np.ndarray
     owned_drawn: tuple[int, ...]
@@ -45,8 +45,8 @@ class Snapshot:
     def as_json(self) -> dict[str, Any]:
         """Returns the position for JSON."""
         tasks = {}
-        for name, (epoch, offset) in self.positions.items():
-            tasks[name] = {"epoch": epoch, "offset": offset}
+        for name, (epoch, offset, whole) in self.positions.items():
+            tasks[name] = {"epoch": epoch, "offset": offset} | ({"whole": True} if whole else {})
         counts = zip(self.origin["tasks"], self.counters.tolist(), strict=True)
         return {
             "draw": self.draw,
@@ -71,8 +71,13 @@ class _TaskCursor:
         self._usable = False
         self._stream: Iterator[tuple[np.ndarray, np.ndarray]] | None = None
 
-    def move_to(self, epoch: int, offset: int) -> None:
-        self.epoch, self.offset = epoch, offset
+    @property
+    def position(self) -> tuple[int, int, bool]:
+        """Epoch, offset in it, and whether this shard reads the whole split."""
+        return self.epoch, self.offset, self._whole
+
+    def move_to(self, epoch: int, offset: int, whole: bool) -> None:
+        self.epoch, self.offset, self._whole = epoch, offset, self._whole or whole
         self._usable = offset > 0
         self._stream = None
 
@@ -80,7 +85,7 @@ class _TaskCursor:
         """Returns the next example with tokens on both sides and counts those without.
 
         Raises:
-            UserError: a whole epoch has no such example.
+            UserError: the whole split has no such example.
         """
         while True:
             if self._stream is None:
@@ -91,6 +96,10 @@ class _TaskCursor:
                     self._usable = True
                     return inputs, targets
                 skipped[COUNTERS.index("skipped")] += 1
+            if not self._usable and not self._whole and self._shard.num_shards > 1:
+                # The prompt left out all rows of this part: let it read what the others read.
+                self._whole, self.offset, self._stream = True, 0, None
+                continue
             if not self._usable:
                 excluded = " or excluded by Data.exclude" if self._config.exclude else ""
                 raise UserError(
@@ -230,7 +239,7 @@ class Shard:
             origin=self._stream.origin,
             shard=self.index,
             draw=self._draw,
-            positions={c.name: (c.epoch, c.offset) for _, c in sorted(self._cursors.items())},
+            positions={c.name: c.position for _, c in sorted(self._cursors.items())},
             waiting=tuple(self._waiting),
             counters=self._counters_NC.copy(),
             owned_drawn=tuple(self._owned_drawn),
@@ -243,7 +252,8 @@ class Shard:
         self._draw = int(saved["draw"])
         self._cursors.clear()
         for name, place in saved["tasks"].items():
-            self._cursor(numbers[name]).move_to(int(place["epoch"]), int(place["offset"]))
+            where = int(place["epoch"]), int(place["offset"]), bool(place.get("whole", False))
+            self._cursor(numbers[name]).move_to(*where)
         self._waiting = _waiting_from_json(saved["waiting"], self._stream.task_ids)
         self._owned_drawn = list(saved.get("owned_drawn", self._owned_drawn))
         self._counters_NC[:] = 0

@@ -118,12 +118,13 @@ def train(session: build.Session, argv: list[str]) -> None:
             book.add(number, metrics, batch)
             last = number == cfg.run.steps
             # Not where an evaluation is due: the run that goes on would never make it up.
-            stop = told.reached(number) and not last and not due(number, cfg.eval.every)
+            evaluated = bool(eval_tasks) and (last or due(number, cfg.eval.every))
+            stop = told.reached(number) and not last and not evaluated
             if not last:
                 with ledger("data"):
                     ahead = next_batch(stream, mesh)
             scores = None
-            if eval_tasks and (last or due(number, cfg.eval.every)):
+            if evaluated:
                 book.flush()
                 scores = book.write_results(number, evaluate(number))
                 if cfg.balance.follow_rates and due(number, cfg.eval.every):

@@ -178,6 +178,18 @@ def test_global_batch_does_not_depend_on_the_number_of_processes(processes):
     assert_same(take(stream, 1), whole[2:])
 
 
+def test_a_shard_whose_rows_all_drop_out_reads_the_whole_split():
+    # Of 16 rows only the even ones have targets, so the odd ones of 4 shards have nothing.
+    rows = [{"inputs": f"row {i}", "targets": "" if i % 2 else "yes"} for i in range(16)]
+    name = add_task("half_empty", rows).name
+    config = change(mixture=name, num_shards=4, batch_size=4, pack=False)
+    stream = TrainStream(config, {name: 1})
+    batches = take(stream, 12)
+    assert all((batch.arrays["decoder_segment_ids"][:, 0] > 0).all() for batch in batches)
+    stream.restore(json.loads(json.dumps(batches[3].state)))
+    assert_same(take(stream, 8), batches[4:])
+
+
 def test_another_number_of_processes_goes_on_with_the_shards_that_there_were():
     before = take(TrainStream(change(num_shards=2, batch_size=4), IDS), 2)
     for readers in (1, 4):

@@ -11,7 +11,7 @@ import yaml
 
 LAUNCH = Path(__file__).parent.parent / "launch"
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
-POD = ("--name", "a", "--type", "v5litepod-256", "--zone", "z")
+POD = (*("--name", "a", "--type", "v5litepod-256", "--zone", "z"), "--source", "/mnt/mtl_jax")
 GKE = ("--name", "a", "--image", "i", "--accelerator", "x", "--topology", "2x4", "--hosts", "2")
 RUN = ("train", "--gin_file=x.gin", "--gin.Run.directory=/runs/with blank")
 
@@ -59,6 +59,7 @@ def test_local_processes_really_start(tmp_path):
 def test_the_pod_script_quotes_the_words_for_the_hosts():
     said = dry_run("tpu_pod.sh", *POD, *RUN).stdout
     assert "queued-resources create a" in said
+    assert "pip install -q '/mnt/mtl_jax[tpu]'" in said
     assert r"exec mtl-jax train --gin_file=x.gin --gin.Run.directory=/runs/with\ blank" in said
 
 
@@ -80,7 +81,7 @@ def test_other_scripts_say_what_they_would_run():
     [
         ("local.sh", (), "what shall run?"),
         ("local.sh", ("--proceses", "2"), "unknown flag --proceses"),
-        ("tpu_pod.sh", ("--name", "a"), "needs --name, --type and --zone"),
+        ("tpu_pod.sh", ("--name", "a"), "needs --name, --type, --zone and --source"),
         ("gke.sh", ("--name", "a"), "--image is missing"),
         ("slurm.sbatch", (), "what shall run?"),
         ("sweep.sh", (), "which sweep?"),
