@@ -292,8 +292,8 @@ class Evaluator:
           progress: called with (rows done, rows in all) after each batch.
 
         Returns:
-          One row per task and metric: task, dataset, prompt, family, trained, split, step, metric,
-          value, n, truncated. The metrics "chance" and "majority" are the baselines of ranked
+          One row per task and metric: task, dataset, prompt, family, trained, original, language,
+          split, step, metric, value, n, truncated. The metrics "chance" and "majority" are the baselines of ranked
           tasks, in per cent.
 
         Raises:

@@ -4,13 +4,14 @@ import dataclasses
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mtl_jax import metrics
+from mtl_jax.errors import UserError
 from mtl_jax.eval_task import EvalExample, EvalTask
 from mtl_jax.storage import replace_text, storage_errors
 
@@ -78,11 +79,15 @@ def warn(task: EvalTask) -> None:
 
 
 def predicted_texts(task: EvalTask, outcomes: Sequence[Outcome]) -> list[str] | None:
-    """The chosen or generated texts; None for a task that only scores its targets."""
+    """The chosen or generated texts; None for a task that only scores its targets.
+
+    Raises:
+      UserError: the scores of choices are not finite.
+    """
     texts = []
     for example, outcome in zip(task.examples, outcomes, strict=True):
         if outcome.scores is not None:
-            texts.append(example.choices[int(np.argmax(outcome.scores))])
+            texts.append(example.choices[largest(outcome.scores, example.index)])
         elif outcome.generated is not None:
             texts.append(task.detokenize(outcome.generated))
         else:
@@ -90,14 +95,50 @@ def predicted_texts(task: EvalTask, outcomes: Sequence[Outcome]) -> list[str] | 
     return texts
 
 
+def largest(values: np.ndarray, index: int) -> int:
+    """The position of the first largest value of an example's choices.
+
+    Args:
+      values: float [C].
+      index: of the example, for the message.
+
+    Raises:
+      UserError: a value is not finite; the largest of such values says nothing about the model.
+    """
+    if not np.isfinite(values).all():
+        raise UserError(
+            f"the model's log-probabilities of example {index} are not finite: the checkpoint has "
+            "diverged, or needs T5.dtype = 'float32'"
+        )
+    return int(np.argmax(values))
+
+
 def processed(task: EvalTask, texts: Iterable[str], is_target: bool) -> list[Any]:
-    """Texts, one for each example, as the task's postprocessor makes them for the metrics."""
+    """Texts, one for each example, as the task's postprocessor makes them for the metrics.
+
+    Raises:
+      UserError: the postprocessor fails.
+    """
     if task.postprocess is None:
         return list(texts)
-    return [
-        task.postprocess(text, example=example.fields, is_target=is_target)
-        for text, example in zip(texts, task.examples, strict=True)
-    ]
+    made = []
+    for text, example in zip(texts, task.examples, strict=True):
+        try:
+            made.append(task.postprocess(text, example=example.fields, is_target=is_target))
+        except UserError:
+            raise
+        except Exception as error:  # whatever a user's function raises
+            side = "the target" if is_target else "the answer"
+            raise UserError(
+                f"Task {task.name!r}: the postprocessor {function_name(task.postprocess)} fails on "
+                f"{side} {text!r} of example {example.index}: {type(error).__name__}: {error}"
+            ) from error
+    return made
+
+
+def function_name(fn: Callable[..., Any]) -> str:
+    """A function's name for messages; a `functools.partial`, say, has none of its own."""
+    return str(getattr(fn, "__name__", repr(fn)))
 
 
 def rows_of_task(
@@ -125,6 +166,8 @@ def rows_of_task(
         "prompt": task.info.prompt,
         "family": task.info.family,
         "trained": task.info.trained,
+        "original": task.info.original,
+        "language": task.info.language,
         "split": task.split,
         "step": int(step),
     }

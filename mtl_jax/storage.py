@@ -6,6 +6,8 @@ import json
 import os
 import re
 import shutil
+import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,9 @@ def replace_bytes(target: Path, content: bytes) -> None:
       OSError: the file could not be written; its old content is still there.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    # Threads, and processes of several hosts, may write the same file of a shared folder at once.
+    writer = f"{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}"
+    temporary = target.with_name(f".{target.name}.{writer}.tmp")
     try:
         with temporary.open("wb") as file:
             file.write(content)

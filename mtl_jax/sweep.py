@@ -39,6 +39,8 @@ from mtl_jax.tables import format_seconds
 from mtl_jax.task_info import TaskInfo, info
 
 _FAILURES_SHOWN = 5
+_NAMES_SHOWN = 5
+_CUT_WORTH_A_LINE = 0.01  # of the examples
 
 
 def main(args: argparse.Namespace) -> int:
@@ -93,8 +95,9 @@ def plan(given: Sweep, found: Sequence[Checkpoint], root: Path) -> list[Cell]:
         cannot read, a dataset that is not held out.
     """
     names = chosen_tasks(given)
-    trained = {checkpoint.name: _trained(checkpoint, names) for checkpoint in found}
-    _check_held_out(given, trained)
+    known = {checkpoint.name: _trained(checkpoint, names) for checkpoint in found}
+    _check_held_out(given, known)
+    trained = {name: tasks or set() for name, tasks in known.items()}
     asked = list(questions(given, names))
     if not asked:
         raise UserError(
@@ -146,7 +149,7 @@ def _titles(about: TaskInfo) -> list[str]:
 
 
 def questions(given: Sweep, names: Sequence[str]) -> Iterator[Question]:
-    """Reads the tasks, with and without shots; those that no protocol applies to are told.
+    """Reads the tasks, with and without shots; tells those that cannot be answered or measured.
 
     Raises:
       UserError: an unknown split, a task that cannot have shots, bad data.
@@ -154,11 +157,11 @@ def questions(given: Sweep, names: Sequence[str]) -> Iterator[Question]:
     from mtl_jax.tasks.few_shot import few_shot_task
 
     cfg, sweep = given.base.eval, given.plan
+    noted = _Notes()
     presets = [protocols.get(name) for name in sweep.protocols]
     splits = _splits(given, names)
     shots_of = list(dict.fromkeys(sweep.shots))
     progress = report.Progress(len(names) * len(shots_of), label="tasks read")
-    left_out: list[str] = []
     with contextlib.closing(progress):
         for number, (name, shots) in enumerate((n, k) for n in names for k in shots_of):
             with_shots = few_shot_task(
@@ -173,18 +176,65 @@ def questions(given: Sweep, names: Sequence[str]) -> Iterator[Question]:
             ranked = task.ranked
             results.warn(task)
             mine = tuple(preset for preset in presets if preset.passes_for(ranked))
-            if mine:
-                yield Question(
+            if not mine:
+                noted.not_applicable[name] = name
+            elif not any(preset.metric_fns(task.metric_fns, ranked) for preset in mine):
+                noted.without_metrics[name] = name
+            else:
+                question = Question(
                     name, info(name), shots, task, cfg, mine, sweep.shots_split, sweep.seed
                 )
-            elif name not in left_out:
-                left_out.append(name)
+                noted.look_at(question)
+                yield question
             progress.update(number + 1)
-    if left_out:
-        say(
-            f"Left out, because no protocol of Sweep.protocols applies: {', '.join(left_out[:5])}"
-            + f" and {len(left_out) - 5} more" * (len(left_out) > 5)
-        )
+    noted.tell()
+
+
+class _Notes:
+    """What is worth a line about the tasks of a sweep, collected: there may be hundreds of them."""
+
+    def __init__(self) -> None:
+        self.not_applicable: dict[str, str] = {}
+        self.without_metrics: dict[str, str] = {}
+        self._cut: dict[str, str] = {}
+        self._fewer_shots: dict[str, str] = {}
+
+    def look_at(self, question: Question) -> None:
+        """Notes if many examples are cut, or have fewer shots than asked for."""
+        title = f"{question.name}, {question.shots} shots" if question.shots else question.name
+        share = question.cut / len(question.task.examples)
+        if share > _CUT_WORTH_A_LINE:
+            self._cut[title] = f"{title} ({question.cut}, {share:.1%})"
+        if question.exemplars is not None and question.exemplars < question.shots:
+            self._fewer_shots[title] = f"{title} ({question.exemplars:.2f} on average)"
+
+    def tell(self) -> None:
+        """Says it, a line for each kind."""
+        for start, of_kind in (
+            (
+                "Left out, because no protocol of Sweep.protocols applies",
+                self.not_applicable,
+            ),
+            (
+                "Left out, because the task has no metrics; score metrics are not for sweeps",
+                self.without_metrics,
+            ),
+            (
+                "More than 1 % of the examples are cut to fit Eval.inputs_length or "
+                "Eval.targets_length",
+                self._cut,
+            ),
+            (
+                "Fewer shots than asked for, because no more fit Eval.inputs_length",
+                self._fewer_shots,
+            ),
+        ):
+            names = list(of_kind.values())
+            if names:
+                more = len(names) - _NAMES_SHOWN
+                say(
+                    f"{start}: {'; '.join(names[:_NAMES_SHOWN])}" + f" and {more} more" * (more > 0)
+                )
 
 
 def _splits(given: Sweep, names: Sequence[str]) -> dict[str, str]:
@@ -203,22 +253,19 @@ def _splits(given: Sweep, names: Sequence[str]) -> dict[str, str]:
     return splits
 
 
-def _trained(checkpoint: Checkpoint, names: Sequence[str]) -> set[str]:
-    """The tasks whose dataset is in a checkpoint's training mixture.
-
-    Where nothing is known of the mixture: those that are meant for training.
-    """
-    abouts = [info(name) for name in names]
+def _trained(checkpoint: Checkpoint, names: Sequence[str]) -> set[str] | None:
+    """The tasks whose dataset is in a checkpoint's training mixture; None: it is not known."""
     rows = trained_on(checkpoint.path) if checkpoint.kind == "mtl_jax" else None
-    if rows is None:
-        return {about.task for about in abouts if about.trained}
-    return set(seen_in_training(abouts, rows))
+    return None if rows is None else set(seen_in_training(map(info, names), rows))
 
 
-def _check_held_out(given: Sweep, trained: Mapping[str, set[str]]) -> None:
+def _check_held_out(given: Sweep, trained: Mapping[str, set[str] | None]) -> None:
     if given.plan.held_out == "off":
         return
     for checkpoint, names in trained.items():
+        if names is None:
+            say(f"Nothing is known of what {checkpoint} was trained on")
+            continue
         datasets = sorted({info(name).dataset for name in names})
         if not datasets:
             continue
@@ -261,6 +308,16 @@ def _check_vocabulary(checkpoint: Checkpoint, asked: Sequence[Question]) -> None
 def describe(given: Sweep, cells: Sequence[Cell], root: Path, argv: Sequence[str]) -> None:
     """Writes the files that tell what this sweep is."""
     folder = RunDirectory(root)
+    planned = {cell.folder for cell in cells}
+    if (root / sweep_files.PLAN).exists():
+        finished = [x for x in sweep_files.cell_folders(root) if (x / sweep_files.RESULTS).exists()]
+        dropped = sum(path not in planned for path in finished)
+        if dropped:
+            say(
+                f"{dropped} finished cells are not in this plan and leave the table: list all "
+                "checkpoints and tasks, or give each plan a folder of its own and combine them "
+                "with mtl-jax report A B"
+            )
     folder.write_text("config.gin", given.text)
     folder.write_command([sys.executable, "-m", "mtl_jax", *argv])
     folder.write_json("versions.json", versions())
@@ -308,6 +365,9 @@ def finish(runner: Runner, claims: Claims, root: Path) -> int:
 
     for failure in runner.failures[:_FAILURES_SHOWN]:
         say(f"{failure.cell.title}: {failure.error}")
+    if next(sweep_files.cell_rows(root), None) is None:
+        say("No cell has results; the messages above tell why.")
+        return 1
     if not claims.take(root):
         say("Another process writes the report.")
     else:

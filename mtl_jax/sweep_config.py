@@ -30,7 +30,8 @@ class SweepConfig:
       seed: of their drawing.
       protocols: names of presets (protocols.py); a task gets those that apply to it.
       held_out: what to do where a dataset is also in the checkpoint's training mixture: "error",
-        "warn", or "off". The column `trained` tells it in any case.
+        "warn", or "off". The column `trained` tells it in any case. Of a checkpoint whose mixture
+        is not known, as of one from elsewhere, it says nothing.
       stale_after: seconds after which a process that gives no sign of life has lost its cells.
     """
 

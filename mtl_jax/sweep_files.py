@@ -18,7 +18,8 @@ that is there is done. Protocols (protocols.py) are arithmetic over passes.
 
 A line of a ranking pass is `{"index", "sums", "eos", "n_tokens"}`, lists over the choices: the
 log-probability of the choice's own tokens without the end of sequence, that of the end of sequence
-after it, and the number of the former. A line of a generating pass is `{"index", "text"}`.
+after it, and the number of the former; null stands for a log-probability that is not finite. A line
+of a generating pass is `{"index", "text"}`.
 
 A line of predictions.jsonl is `{"index", "inputs", "targets", "choices", "by_protocol"}`, where
 `targets` is one text or a list of right texts, `choices` is empty for generation, and
@@ -61,7 +62,8 @@ class CellFacts:
       checkpoint: unique in the sweep, such as `p3@400`; also the name of a folder.
       step: of training.
       task: its registered name (of the task without shots).
-      dataset, prompt, family, language, original, trained: of its `TaskInfo`.
+      dataset, prompt, family, language, original: of its `TaskInfo`.
+      trained: whether the dataset is known to be in the checkpoint's training mixture.
       split: of the task.
       shots: examples in front of each input.
       key: fingerprint of all that the cell's numbers depend on; ends the name of its folder.
@@ -70,6 +72,10 @@ class CellFacts:
       truncated: examples cut in each pass that was made.
       seconds: that each pass took.
       tokens: encoder and decoder tokens of each pass.
+      scoring: fingerprint of all that the rows of the table depend on beside the passes; empty:
+        they are not all there, or from before there were such fingerprints.
+      exemplars: examples that stand in front of an input on average, fewer than `shots` where
+        there is no room for all; None: not known.
     """
 
     run: str
@@ -90,6 +96,8 @@ class CellFacts:
     truncated: Mapping[str, int]
     seconds: Mapping[str, float]
     tokens: Mapping[str, int]
+    scoring: str = ""
+    exemplars: float | None = None
 
 
 def cell_folder(root: Path, checkpoint: str, task: str, shots: int, key: str) -> Path:

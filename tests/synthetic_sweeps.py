@@ -5,6 +5,7 @@ is, which is the same under all prompts.
 """
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,6 +33,8 @@ class Dataset:
     trained: bool = False
     base: float = 0.0
     words: int = 30
+    split: str = "validation"
+    original: bool = True
 
 
 DATASETS = (
@@ -85,6 +88,7 @@ def write_sweep(
 def _facts(
     dataset: Dataset, prompt: int, run: str, step: int, shots: int, seed: int
 ) -> sweep_files.CellFacts:
+    depends = f"{run}{step}{dataset.name}{dataset.split}{prompt}{shots}{seed}"
     name = f"{('GPT-3 style', 'can we infer', 'must be true', 'guaranteed')[prompt % 4]} {prompt}"
     return sweep_files.CellFacts(
         run=run,
@@ -95,11 +99,11 @@ def _facts(
         prompt=name,
         family=dataset.family,
         language=dataset.language,
-        original=True,
+        original=dataset.original,
         trained=dataset.trained,
-        split="validation",
+        split=dataset.split,
         shots=shots,
-        key=f"{run}{step}{dataset.name}{prompt}{shots}{seed}".encode().hex()[-24:],
+        key=hashlib.sha256(depends.encode()).hexdigest()[:24],
         n=dataset.examples,
         skipped=3 if prompt == 1 else 0,
         truncated={"rank": 2 if prompt == 2 else 0},

@@ -151,6 +151,8 @@ def test_generation_gives_the_golden_tokens_and_metrics(tmp_path):
             "prompt": "generate_a",
             "family": "test",
             "trained": True,
+            "original": True,
+            "language": "",
             "split": "validation",
             "step": 7,
             "metric": "accuracy",

@@ -9,6 +9,7 @@ import jax
 import loadable
 import numpy as np
 import pytest
+import seqio
 
 from mtl_jax import cli, decode, sweep_files
 from mtl_jax.sweeps import estimate, running
@@ -174,17 +175,24 @@ def test_only_what_is_new_is_asked(finished, toy, monkeypatch, capsys):
     assert cli.main(flags(finished, toy)) == 0
     assert not asked
     assert rows(finished) == before
-    assert "0 rows of the model to go" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "0 rows of the model to go" in said
+    # Those of the third prompt, when it was no longer asked for.
+    assert "3 finished cells are not in this plan and leave the table" in said
 
 
 def test_dry_run_counts_and_writes_nothing(toy, capsys):
     root = toy.parent / "dry"
     assert cli.main([*flags(root, toy, Sweep__shots="(0, 2)"), "--dry_run"]) == 0
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
     nli = next(line.split() for line in out.splitlines() if " nli " in line)
     # 2 prompts of 11 rows: rank, and rank_eos_left with other tokens; 1 row of null choices each.
     assert nli[:4] == ["toy@7", "nli", "2", "0"]
     assert nli[5:7] == ["0", str(2 * (11 + 11 + 1))]
+    assert nli[-1] == "5"  # are cut under the second prompt
+    assert "nli_p1 (5, 45.5%)" in err
+    assert "Fewer shots than asked for, because no more fit" in err
+    assert "nli_p0, 2 shots (0.00 on average)" in err
     assert "by one process, from the FLOPs" in out
     assert not root.exists()
 
@@ -206,6 +214,9 @@ def test_shots_stand_in_front(toy):
 def test_a_trained_dataset_is_no_zero_shot(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(estimate, "estimate", lambda *args: estimate.Estimate(0.0, "nothing"))
     run = loadable.save(tmp_path / "toy")
+    refusing = {"Sweep__held_out": "error", "Eval__tasks": "('nli_*',)"}
+    assert cli.main([*flags(tmp_path / "out", run, **refusing), "--dry_run"]) == 0
+    assert "Nothing is known of what toy@7 was trained on" in capsys.readouterr().err
     (run / "tasks.json").write_text('{"other": 1}')
     mixture = [{"task": "other", "dataset": "nli", "family": "toy", "share": 1.0}]
     (run / "mixture.json").write_text(json.dumps(mixture))
@@ -216,6 +227,20 @@ def test_a_trained_dataset_is_no_zero_shot(tmp_path, capsys, monkeypatch):
     assert "Not zero-shot: toy@7 was trained on nli" in capsys.readouterr().err
     assert cli.main([*flags(root, run, Sweep__held_out="off"), dry]) == 0
     assert "Not zero-shot" not in capsys.readouterr().err
+
+
+def test_a_task_without_metrics_is_left_out(toy, tmp_path, capsys):
+    import sweep_tasks
+
+    source = sweep_tasks.Prompted(sweep_tasks.last, 0)
+    steps = [seqio.preprocessors.tokenize, seqio.preprocessors.append_eos]
+    seqio.TaskRegistry.add("unmeasured", source, sweep_tasks.FEATURES, steps)
+    try:
+        given = {"Eval__tasks": "('unmeasured',)", "Sweep__prompts": "all"}
+        assert cli.main([*flags(tmp_path / "out", toy, **given), "--dry_run"]) == 1
+    finally:
+        seqio.TaskRegistry.remove("unmeasured")
+    assert "has no metrics; score metrics are not for sweeps: unmeasured" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

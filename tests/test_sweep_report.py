@@ -165,13 +165,65 @@ def test_checkpoints_are_compared_on_the_same_examples(material, found):
     assert least.adjusted == pytest.approx(min(1, len(by_dataset) * least.p))
 
 
-def test_t0s_table(sweep, material, found):
-    old, new = layouts.t0_table(material, found)
+def test_t0s_table(sweep, material):
+    table = layouts.t0_table(material)
+    old, new = table.rows
+    assert table.columns == ("CB", "COPA")
     assert (old.checkpoint, new.checkpoint) == (OLD, NEW)
     assert set(new.cells) == {"CB", "COPA"}
     values = values_of(sweep, "super_glue_cb", "t0")
     assert new.cells["CB"] == pytest.approx((np.mean(values), np.median(values), 5))
     assert new.average[0] == pytest.approx((new.cells["CB"][0] + new.cells["COPA"][0]) / 2)
+
+
+def test_t0s_table_pools_neither_splits_nor_rounds_nor_spellings(tmp_path):
+    pair = ("a", "b")
+    sets = (
+        Dataset("super_glue_wic", 1, 4, "wsd", pair, split="test"),
+        Dataset("super_glue_cb", 2, 6, "nli", pair, split="train"),
+        Dataset("super_glue_cb", 3, 6, "nli", pair),
+        Dataset("anli_r1", 1, 4, "nli", pair),
+        Dataset("anli", 2, 4, "nli", pair, split="dev_r3"),
+        Dataset("anli", 2, 4, "nli", pair, split="train_r3"),
+        Dataset("super_glue_wsc.fixed", 2, 6, "coreference", pair),
+        Dataset("super_glue_copa", 2, 6, "commonsense", pair, original=False),
+        Dataset("hellaswag", 2, 6, "commonsense"),  # generated
+    )
+    folder = synthetic_sweeps.write_sweep(tmp_path / "s", sets, {("p3", 1): 0.0}, shots=(0, 2))
+    for cell in sweep_files.cell_folders(folder):
+        # Another metric first, as CB has it.
+        rows = read_jsonl(cell / "results.jsonl")
+        first = [row | {"metric": "mean_3class_f1", "value": 1.0} for row in rows]
+        sweep_files.write_lines(cell / "results.jsonl", [*first, *rows])
+    material = gather_results([folder])
+    table = layouts.t0_table(material)
+    assert table.columns == ("CB", "ANLI R1", "ANLI R3", "WSC", "WiC (test)")
+    (row,) = table.rows
+    assert [row.cells[column][2] for column in table.columns] == [3, 1, 2, 2, 1]
+    values = [
+        row["value"]
+        for row in read_jsonl(folder / "results.jsonl")
+        if (row["dataset"], row["split"]) == ("super_glue_cb", "validation")
+        and (row["protocol"], row["shots"]) == ("t0", 0)
+    ]
+    assert row.cells["CB"][:2] == pytest.approx((np.mean(values), np.median(values)))
+
+
+def test_t0s_datasets_are_in_the_library_of_tasks():
+    from mtl_jax.tasks.benchmarks import catalogue
+
+    registered = {dataset.group or dataset.name for dataset in catalogue.DATASETS}
+    assert layouts.T0_DATASETS.keys() <= registered
+
+
+@pytest.mark.data
+def test_t0s_table_has_a_column_for_every_dataset_that_t0_was_evaluated_on(data_folder):
+    """By the list of T0's evaluation prompts; ANLI has three rounds there."""
+    told = json.loads((data_folder / "promptsource" / "t0_eval_prompts.json").read_text())
+    names = {"_".join(filter(None, (one["dataset"], one["subset"]))) for one in told}
+    known = {re.sub(r"\W", "_", name) for name in names}
+    rounds = {f"anli_r{number}" for number in (1, 2, 3)}
+    assert layouts.T0_DATASETS.keys() == (known - {"anli"}) | rounds
 
 
 def test_worst_prompts_come_with_their_text(found):
@@ -237,6 +289,58 @@ def test_runs_and_sweeps_in_one_report(tmp_path, sweep, capsys):
     assert not (sweep / "report.html").exists(), "nothing is written where it was not asked for"
 
 
+def test_what_a_run_ranked_is_compared_with_what_a_sweep_ranked(tmp_path, sweep):
+    """A run of the sweep's newest checkpoint with the same answers: all differences are 0."""
+    run = tmp_path / "again"
+    (run / "predictions").mkdir(parents=True)
+    rows = []
+    for folder in sweep_files.cell_folders(sweep):
+        facts = sweep_files.read_facts(folder)
+        if (facts.checkpoint, facts.shots) != (NEW.label, 0):
+            continue
+        protocol = "generate" if facts.dataset == "news_summary" else "t0"
+        about = {"task": facts.task, "dataset": facts.dataset, "prompt": facts.prompt}
+        about |= {"split": facts.split, "step": facts.step, "n": facts.n}
+        names = {"random": "chance", "majority": "majority"}
+        for row in read_jsonl(folder / "results.jsonl"):
+            metric = names.get(row["protocol"], row["metric"])
+            if row["protocol"] in (protocol, *names):
+                rows.append(about | {"metric": metric, "value": row["value"]})
+        lines_of_run = []
+        for line in sweep_files.predictions(folder):
+            told = line["by_protocol"][protocol]
+            answer = {"index": line["index"], "step": facts.step, "inputs": line["inputs"]}
+            answer |= {"targets": line["targets"], "prediction": told["prediction"]}
+            if line["choices"]:
+                answer |= {"choices": line["choices"], "scores": told["values"]}
+                answer["correct"] = told["score"] == 100
+            lines_of_run.append(answer)
+        sweep_files.write_lines(run / "predictions" / f"{facts.task}.jsonl", lines_of_run)
+    scored = {"task": "odds", "split": "validation", "step": 400, "metric": "loss", "value": 1.5}
+    only_scored = {"index": 0, "step": 400, "inputs": "", "targets": "x", "target_score": -1.5}
+    sweep_files.write_lines(run / "predictions" / "odds.jsonl", [only_scored])
+    sweep_files.write_lines(run / "results.jsonl", [*rows, scored])
+    joined = gather_results([sweep, run])
+    ours = Checkpoint("again@400", "again", 400)
+    protocols = {
+        r.dataset: {p for p, _ in r.values} for r in joined.results if r.checkpoint == ours
+    }
+    ranked = {dataset.name: {"t0"} for dataset in SMALL if dataset.choices}
+    assert protocols == ranked | {"news_summary": {"generate"}, "odds": {"target_score"}}
+    found = lines.dataset_lines(joined)
+    line = line_of(found, "super_glue_cb", checkpoint=ours)
+    assert line.baselines == line_of(found, "super_glue_cb").baselines
+    compared = [
+        d
+        for d in compare_checkpoints(found, joined.checkpoints)
+        if {d.first, d.second} == {NEW, ours} and d.protocol == "t0"
+    ]
+    assert {d.dataset for d in compared} == {"", *ranked}
+    assert {d.mean for d in compared} == {0.0}
+    # Its rows do not say which prompts are for the original task.
+    assert ours not in {row.checkpoint for row in layouts.t0_table(joined).rows}
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -269,6 +373,17 @@ def test_a_sweep_without_results_and_a_damaged_one(tmp_path):
     # A cell that another process has not finished has no results yet.
     (cell / "results.jsonl").unlink()
     assert len(gather_results([folder]).results) == 9
+
+
+def test_cells_of_which_only_the_baselines_have_a_value(tmp_path):
+    folder = synthetic_sweeps.write_sweep(tmp_path / "s", SMALL[:1], shots=(0,))
+    for cell in sweep_files.cell_folders(folder):
+        rows = read_jsonl(cell / "results.jsonl")
+        kept = [row for row in rows if row["protocol"] in sweep_files.BASELINES]
+        sweep_files.write_lines(cell / "results.jsonl", kept)
+    report = sweep_report.SweepReport([folder])
+    assert report.table() == "No cell has a value yet.\n"
+    assert report.write(folder).exists()
 
 
 # Markdown, LaTeX, terminal, TensorBoard

@@ -1,5 +1,6 @@
 """The page of a sweep: one file, escaped, readable without JavaScript and, in Chromium, with it."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -13,7 +14,7 @@ import synthetic_sweeps
 from synthetic_sweeps import Dataset
 from test_report import Page
 
-from mtl_jax import sweep_report
+from mtl_jax import sweep_files, sweep_report
 
 MARKER = "<script>alert('x')</script>&amp;<b>"
 SETS = (
@@ -110,6 +111,20 @@ def test_strips_have_a_dot_with_the_name_of_every_prompt(text):
     first = next(strip for strip in strips if strip.count('class="dot"') == 5)
     assert "<title>GPT-3 style 0: " in first
     assert first.count('class="majority"') == first.count('class="quartiles"') == 1
+
+
+def test_a_remark_where_fewer_examples_fit_than_asked_for(tmp_path):
+    one = (Dataset("rte", 2, 20, "", ("yes", "no"), language=""),)
+    folder = synthetic_sweeps.write_sweep(tmp_path / "s", one, {("p3", 5): 0.0}, (0, 2))
+    said = re.compile(r"no room for all solved examples .*?: (.*)\.</p>")
+    assert not said.search(sweep_report.write(folder).read_text(encoding="utf-8"))
+    fitting = {("rte_prompt_0", 2): 1.999, ("rte_prompt_1", 2): 2.0}
+    for cell in sweep_files.cell_folders(folder):
+        facts = sweep_files.read_facts(cell)
+        mean = fitting.get((facts.task, facts.shots), 0.0)
+        sweep_files.write_facts(cell, dataclasses.replace(facts, exemplars=mean))
+    text = sweep_report.write(folder).read_text(encoding="utf-8")
+    assert said.search(text)[1] == "rte_prompt_0 (1.99 of 2)"
 
 
 def test_a_sweep_of_one_checkpoint_has_nothing_to_compare(tmp_path):

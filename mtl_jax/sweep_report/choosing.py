@@ -42,7 +42,7 @@ class Choosing:
         self._protocols = {OWN: f"p{FIRST}"} | {name: f"p{i}" for i, name in enumerate(names)}
         metrics = dict.fromkeys(line.metric for line in found)
         self._metrics = {name: f"m{i}" for i, name in enumerate(metrics)}
-        datasets = sorted({line.dataset for line in found})
+        datasets = sorted({result.dataset for result in material.results})
         self._datasets = {ALL: f"d{ALL}"} | {name: f"d{i}" for i, name in enumerate(datasets)}
         self._pairs = {pair: f"a{i}" for i, pair in enumerate(pairs)}
         self.first = {

@@ -26,6 +26,8 @@ def terminal(found: Sequence[Line]) -> str:
     What is too long to be looked at is cut down to each dataset's first protocol.
     """
     shown = [line for line in found if line.main]
+    if not shown:  # baselines alone, where no metric of a model's answers has a value
+        return "No cell has a value yet.\n"
     cut = len(shown) > _MOST_LINES
     if cut:
         shown = [line for line in shown if line.own]
@@ -41,7 +43,7 @@ def markdown(material: Material, found: Sequence[Line], compared: Sequence[Diffe
     for (checkpoint, shots), rows in _by_view(found).items():
         text.append(f"## {checkpoint}, {shots} shots\n")
         text.append(tables.markdown_table(rows, _columns(rows, ("checkpoint", "shots")), _TEXTS))
-    if rows := _t0(material, found):
+    if rows := _t0(material):
         text.append("## T0's table\n\nMean (median) over the prompts of the original task.\n")
         text.append(tables.markdown_table(rows, list(rows[0]), _TEXTS))
     if rows := _differences(compared):
@@ -56,7 +58,7 @@ def latex(material: Material, found: Sequence[Line], compared: Sequence[Differen
     for (checkpoint, shots), rows in _by_view(found).items():
         text.append(_tabular(rows, _columns(rows, ("checkpoint", "shots")),
                              f"{checkpoint}, {shots} shots"))  # fmt: skip
-    if rows := _t0(material, found):
+    if rows := _t0(material):
         text.append(_tabular(rows, list(rows[0]), "T0's table: mean (median) over prompts"))
     if rows := _differences(compared):
         text.append(_tabular(rows, list(rows[0]), "Differences between checkpoints"))
@@ -140,9 +142,8 @@ def _columns(rows: Sequence[Cells], without: Sequence[str] = ()) -> list[str]:
     ]
 
 
-def _t0(material: Material, found: Sequence[Line]) -> list[Cells]:
-    rows = layouts.t0_table(material, found)
-    columns = [c for c in layouts.T0_DATASETS.values() if any(c in row.cells for row in rows)]
+def _t0(material: Material) -> list[Cells]:
+    table = layouts.t0_table(material)
 
     def both(mean: float, median: float) -> str:
         return f"{mean:.1f} ({median:.1f})"
@@ -150,10 +151,13 @@ def _t0(material: Material, found: Sequence[Line]) -> list[Cells]:
     return [
         {
             "checkpoint": row.checkpoint.label,
-            **{c: both(*row.cells[c][:2]) if c in row.cells else tables.UNKNOWN for c in columns},
+            **{
+                c: both(*row.cells[c][:2]) if c in row.cells else tables.UNKNOWN
+                for c in table.columns
+            },
             "average": both(*row.average),
         }
-        for row in rows
+        for row in table.rows
     ]
 
 

@@ -14,6 +14,8 @@ from mtl_jax.storage import read_jsonl
 
 # The columns under which `mtl-jax train` and `eval` write the answers without a model.
 _RUN_BASELINES = {"chance": "random", "majority": "majority"}
+# Protocols of a run's evaluation; the last scores the target alone, which no sweep does.
+_RANKED, _GENERATED, _SCORED = "t0", "generate", "target_score"
 _RIGHT = 99.95  # scores are rounded when they are written
 _CANDIDATES = 4  # right and wrong predictions of each cell that are kept to be read
 
@@ -50,11 +52,12 @@ class Result:
     """One task with so many shots under one checkpoint.
 
     Attributes:
-      checkpoint, task, dataset, prompt, family, language, original, trained, split, shots: what was
-        asked.
+      checkpoint, task, dataset, prompt, family, language, trained, split, shots: what was asked.
+      original: its prompt is known to be for the original task.
       n: examples.
       truncated: those that were cut in some pass.
       skipped: rows that the prompt left out; None: not known.
+      exemplars: solved examples in front of an input, on average; None: not known.
       values: (protocol, metric) -> value, in the order of the file.
       baselines: (baseline, metric) -> value.
       scores: protocol -> score of each example, 0 to 100, in the order of `indices`.
@@ -75,6 +78,7 @@ class Result:
     n: int = 0
     truncated: int = 0
     skipped: int | None = None
+    exemplars: float | None = None
     values: dict[tuple[str, str], float] = dataclasses.field(default_factory=dict)
     baselines: dict[tuple[str, str], float] = dataclasses.field(default_factory=dict)
     scores: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
@@ -235,6 +239,7 @@ def _read_cell(folder: Path, cell: Path) -> _Found | None:
         n=facts.n,
         truncated=max(facts.truncated.values(), default=0),
         skipped=facts.skipped,
+        exemplars=facts.exemplars,
     )
     try:
         for row in rows:
@@ -260,6 +265,7 @@ def _read_cell(folder: Path, cell: Path) -> _Found | None:
 def _read_run(folder: Path, name: str) -> list[_Found]:
     """The evaluations of a training run; its predictions are of the newest step only."""
     found: dict[tuple[str, str, int], _Found] = {}
+    values: dict[tuple[str, str, int], dict[str, float]] = {}
     for row in read_jsonl(folder / sweep_files.RESULTS):
         try:
             task, step, split = row["task"], int(row["step"]), row.get("split", "")
@@ -274,7 +280,7 @@ def _read_run(folder: Path, name: str) -> list[_Found]:
                 prompt=row.get("prompt") or task,
                 family=row.get("family") or "",
                 language=row.get("language") or "",
-                original=row.get("original") is not False,
+                original=bool(row.get("original")),
                 trained=bool(row.get("trained")),
                 split=split,
                 shots=int(row.get("shots") or 0),
@@ -282,28 +288,44 @@ def _read_run(folder: Path, name: str) -> list[_Found]:
                 truncated=int(row.get("truncated") or 0),
             )
             found[task, split, step] = _Found(folder, f"{folder}@{step}", 0.0, result)
-        result = found[task, split, step].result
+            values[task, split, step] = {}
+        result, known = found[task, split, step].result, values[task, split, step]
         if value is None:
             continue
         if metric in _RUN_BASELINES:
             result.baselines[_RUN_BASELINES[metric], "accuracy"] = float(value)
         else:
-            result.values["evaluation", metric] = float(value)
-    for one in found.values():
-        path = folder / "predictions" / f"{one.result.task}.jsonl"
-        rows = [row for row in read_jsonl(path) if row.get("step") == one.result.checkpoint.step]
-        _add_scores(one.result, [_as_prediction(row) for row in rows])
+            known[metric] = float(value)
+    for key, one in found.items():
+        rows = read_jsonl(folder / "predictions" / f"{one.result.task}.jsonl")
+        protocol = _run_protocol(one.result, rows)
+        one.result.values = {(protocol, metric): value for metric, value in values[key].items()}
+        if protocol != _SCORED:
+            rows = [row for row in rows if row.get("step") == one.result.checkpoint.step]
+            _add_scores(one.result, [_as_prediction(row, protocol) for row in rows])
     return list(found.values())
 
 
-def _as_prediction(row: Row) -> Row:
+def _run_protocol(result: Result, predictions: Sequence[Row]) -> str:
+    """The protocol of a sweep that does what the evaluation of a training run did.
+
+    It ranks by T0's rule, the sum of the log-probabilities with the end of sequence, and only what
+    it ranks has these baselines.
+    """
+    if result.baselines:
+        return _RANKED
+    answered = not predictions or "prediction" in predictions[0]
+    return _GENERATED if answered else _SCORED
+
+
+def _as_prediction(row: Row, protocol: str) -> Row:
     """A line of a run's predictions as a sweep has them."""
     answer = row.get("prediction", "")
     right = row.get("correct", str(answer).strip() == str(row.get("targets", "")).strip())
     told = {"prediction": answer, "score": 100.0 * bool(right)}
     if row.get("choices"):
         told["values"] = row["scores"]
-    return {**row, "by_protocol": {"evaluation": told}}
+    return {**row, "by_protocol": {protocol: told}}
 
 
 def _add_scores(result: Result, predictions: Sequence[Row]) -> None:

@@ -1,21 +1,25 @@
 """Tables of a report as plain values: lines side by side, T0's table, the worst prompts."""
 
 import dataclasses
+import math
+import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import numpy as np
 
 from mtl_jax import tables
-from mtl_jax.sweep_report.gather import Checkpoint, Material
-from mtl_jax.sweep_report.lines import Line, View, in_view
+from mtl_jax.sweep_report.gather import Checkpoint, Material, Result
+from mtl_jax.sweep_report.lines import Line
 
 # The evaluation of Sanh et al., Multitask Prompted Training Enables Zero-Shot Task Generalization,
-# 2022: the datasets in the order of its figure, by PromptSource's names.
+# 2022: the datasets in the order of its figure; the rounds of ANLI count one by one.
 T0_DATASETS = {
     "super_glue_rte": "RTE",
     "super_glue_cb": "CB",
-    "anli": "ANLI",
-    "super_glue_wsc.fixed": "WSC",
+    "anli_r1": "ANLI R1",
+    "anli_r2": "ANLI R2",
+    "anli_r3": "ANLI R3",
+    "super_glue_wsc_fixed": "WSC",
     "winogrande_winogrande_xl": "WinoGrande",
     "super_glue_copa": "COPA",
     "hellaswag": "HellaSwag",
@@ -87,26 +91,60 @@ class T0Row:
         return float(mean), float(median)
 
 
-def t0_table(material: Material, found: Sequence[Line]) -> list[T0Row]:
-    """T0's table of every checkpoint: zero-shot, ranked as T0 does, original prompts alone."""
+@dataclasses.dataclass(frozen=True)
+class T0Table:
+    """A row for each checkpoint; the columns are those datasets that some row has."""
+
+    columns: tuple[str, ...]
+    rows: tuple[T0Row, ...]
+
+
+def t0_table(material: Material) -> T0Table:
+    """T0's table: zero-shot accuracy of every checkpoint, ranked as there, original prompts alone.
+
+    A dataset counts with one split for all checkpoints, as in the paper with that for validation;
+    where that is not there, with the first, which the column's title then names.
+    """
+    found: dict[str, dict[tuple[str, str], dict[Checkpoint, list[float]]]] = {}
+    for result in material.results:
+        value = result.values.get((T0_PROTOCOL, "accuracy"))
+        if value is not None and result.original and result.shots == 0:
+            by_source = found.setdefault(_t0_name(result), {})
+            by_checkpoint = by_source.setdefault((result.dataset, result.split), {})
+            by_checkpoint.setdefault(result.checkpoint, []).append(value)
+    columns: dict[str, dict[Checkpoint, list[float]]] = {}
+    for name, title in T0_DATASETS.items():
+        if name in found:
+            # The sort keeps the order of those that are alike.
+            source, *_ = sorted(found[name], key=lambda source: not _is_validation(source[1]))
+            split = source[1]
+            title = title if _is_validation(split) else f"{title} ({split})"
+            columns[title] = found[name][source]
     rows = []
     for checkpoint in material.checkpoints:
         cells = {}
-        members = in_view(found, View(checkpoint, 0, T0_PROTOCOL))
-        for dataset, column in T0_DATASETS.items():
-            values = [
-                result.values[line.view.protocol, line.metric]
-                for line in members
-                if line.dataset == dataset and line.metric == "accuracy"
-                for result in line.results
-                if result.original
-            ]
-            if values:
+        for title, by_checkpoint in columns.items():
+            if checkpoint in by_checkpoint:
+                values = by_checkpoint[checkpoint]
                 mean, median, _ = tables.over_prompts(values)
-                cells[column] = (mean, median, len(values))
+                cells[title] = (mean, median, len(values))
         if cells:
             rows.append(T0Row(checkpoint, cells))
-    return rows
+    return T0Table(tuple(columns), tuple(rows))
+
+
+def _t0_name(result: Result) -> str:
+    """The dataset as the library of tasks names it; PromptSource has `super_glue_wsc.fixed`.
+
+    There ANLI is one dataset, whose rounds are splits such as `dev_r1`.
+    """
+    name = re.sub(r"\W", "_", result.dataset)
+    number = re.search(r"_r[123]$", result.split)
+    return name + number[0] if name == "anli" and number else name
+
+
+def _is_validation(split: str) -> bool:
+    return split.startswith(("validation", "dev"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,3 +212,17 @@ def truncated(material: Material, share: float = 0.01) -> list[str]:
             result.task for result in material.results if result.truncated > share * result.n
         )
     )
+
+
+def few_exemplars(material: Material) -> list[str]:
+    """The tasks that had fewer solved examples in their inputs than asked for, and how many."""
+    least: dict[tuple[str, int], float] = {}
+    for result in material.results:
+        if result.exemplars is not None and result.exemplars < result.shots:
+            key = result.task, result.shots
+            least[key] = min(result.exemplars, least.get(key, result.exemplars))
+    # Rounded down: 1.999 of 2 shall not read as 2 of 2.
+    return [
+        f"{task} ({math.floor(100 * mean) / 100:g} of {shots})"
+        for (task, shots), mean in least.items()
+    ]

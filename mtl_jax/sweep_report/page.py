@@ -16,6 +16,11 @@ from mtl_jax.sweep_report.sections import Sections
 _MOST_WORST = 300
 
 
+def _first_few(names: Sequence[str], most: int = 5) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
 class Page:
     """Builds the parts of the page."""
 
@@ -82,8 +87,13 @@ class Page:
             made.append(f"Trained on, so not zero-shot: {', '.join(trained)} (marked *).")
         cut = layouts.truncated(material)
         if cut:
-            named = ", ".join(cut[:5]) + (f" and {len(cut) - 5} more" if len(cut) > 5 else "")
-            made.append(f"More than 1 % of the examples were cut to fit: {named}.")
+            made.append(f"More than 1 % of the examples were cut to fit: {_first_few(cut)}.")
+        few = layouts.few_exemplars(material)
+        if few:
+            made.append(
+                "The inputs had no room for all solved examples that were asked for (on average): "
+                f"{_first_few(few)}."
+            )
         skipped = sum(result.skipped or 0 for result in material.results)
         if skipped:
             made.append(f"{skipped:,} rows were skipped because a prompt renders nothing for them.")

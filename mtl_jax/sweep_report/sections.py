@@ -129,14 +129,13 @@ class Sections:
 
     def t0(self) -> Table | None:
         """T0's table; None: none of its datasets is in the sweep."""
-        rows = layouts.t0_table(self._material, self._found)
-        columns = [c for c in layouts.T0_DATASETS.values() if any(c in row.cells for row in rows)]
-        if not rows:
+        table = layouts.t0_table(self._material)
+        if not table.rows:
             return None
         made = []
-        for row in rows:
+        for row in table.rows:
             cells = [Cell(row.checkpoint.label, style="left wide")]
-            for column in columns:
+            for column in table.columns:
                 known = row.cells.get(column)
                 cells.append(
                     Cell(f"{known[0]:.1f}", f"median {known[1]:.1f}, {known[2]} prompts")
@@ -146,7 +145,7 @@ class Sections:
             mean, median = row.average
             cells.append(Cell(f"{mean:.1f}", f"median {median:.1f}", "strong"))
             made.append(Row("", False, tuple(cells)))
-        titles = (("checkpoint", True), *((c, False) for c in columns), ("average", False))
+        titles = (("checkpoint", True), *((c, False) for c in table.columns), ("average", False))
         return Table(titles, tuple(made))
 
     def side_by_side(self, kind: str) -> Table | None:

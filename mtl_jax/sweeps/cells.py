@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,9 +23,11 @@ from mtl_jax.evaluate import Answer
 from mtl_jax.storage import read_jsonl
 from mtl_jax.sweep_files import Row, cell_folder
 from mtl_jax.sweeps.checkpoints import Checkpoint
+from mtl_jax.sweeps.fingerprint import described
 from mtl_jax.task_info import TaskInfo
 
 _KEY_VERSION = 1
+_SCORING_VERSION = 1  # another one makes all rows of tables anew from the stored passes
 _DECIMALS = 6
 # The choices of a null pass that share a row; it has one input for all of them.
 _NULL_CHOICES = 8
@@ -227,6 +230,18 @@ class Question:
             )
 
     @functools.cached_property
+    def cut(self) -> int:
+        """How many examples are cut by that pass that cuts the most."""
+        return max(map(self.truncated, self.passes), default=0)
+
+    @functools.cached_property
+    def exemplars(self) -> float | None:
+        """Examples that stand in front of an input on average; None: the task does not tell."""
+        counts = [example.fields.get("exemplars") for example in self.task.examples]
+        known = [int(count) for count in counts if count is not None]
+        return float(np.mean(known)) if known and len(known) == len(counts) else None
+
+    @functools.cached_property
     def widest(self) -> int:
         """The most choices that a row has."""
         null = _NULL_CHOICES if any(protocols.PASSES[name].null for name in self.passes) else 1
@@ -258,6 +273,18 @@ class Question:
                 digest.update(np.asarray(tokens, np.int32).tobytes() + b";")
         return digest.hexdigest()
 
+    @functools.cached_property
+    def scoring(self) -> str:
+        """Fingerprint of all that makes results of the passes: metrics, postprocessor, fields."""
+        task = self.task
+        metric_fns = {p.name: p.metric_fns(task.metric_fns, self.ranked) for p in self.protocols}
+        digest = hashlib.sha256()
+        for value in (_SCORING_VERSION, self.info, metric_fns, task.postprocess, task.skipped):
+            digest.update(described(value).encode() + b";")
+        for example in task.examples:
+            digest.update(described(example.fields).encode() + b";")
+        return digest.hexdigest()
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Cell:
@@ -279,6 +306,12 @@ class Cell:
     def key(self) -> str:
         """Fingerprint of all that the cell's numbers depend on."""
         text = f"{self.checkpoint.identity}/{self.checkpoint.step}/{self.question.digest}"
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @functools.cached_property
+    def scoring(self) -> str:
+        """Fingerprint of all that the cell's rows of the table depend on beside its passes."""
+        text = f"{self.question.scoring}/{self.trained}/{self.checkpoint.run}"
         return hashlib.sha256(text.encode()).hexdigest()
 
     @functools.cached_property
@@ -387,8 +420,8 @@ class Asking:
                 place, c = part.position + k, part.choice + k
                 # In float64, so that the difference loses nothing.
                 last = float(answer.last[place])
-                line["sums"][c] = round(float(answer.scores[place]) - last, _DECIMALS) + 0.0
-                line["eos"][c] = round(last, _DECIMALS)
+                line["sums"][c] = _stored_number(float(answer.scores[place]) - last)
+                line["eos"][c] = _stored_number(last)
                 line["n_tokens"][c] = int(answer.lengths[place]) - 1
         self._left -= 1
         return self._left == 0
@@ -396,3 +429,8 @@ class Asking:
     def lines(self, name: str) -> list[Row]:
         """The lines of a finished pass."""
         return self._lines[name]
+
+
+def _stored_number(value: float) -> float | None:
+    """As it stands in the file of a pass: JSON has no number that is not finite."""
+    return round(value, _DECIMALS) + 0.0 if math.isfinite(value) else None

@@ -132,7 +132,7 @@ def table(cells: Sequence[Cell]) -> str:
         groups.setdefault(key, []).append(cell)
     header = (
         *("checkpoint", "dataset", "prompts", "shots", "passes", "done", "rows"),
-        *("encoder tokens", "decoder tokens"),
+        *("encoder tokens", "decoder tokens", "cut"),
     )
     lines: list[tuple[str, ...]] = [header]
     for (checkpoint, dataset, shots), members in groups.items():
@@ -151,7 +151,7 @@ def table(cells: Sequence[Cell]) -> str:
 
 
 def _amounts(cells: Sequence[Cell]) -> tuple[str, ...]:
-    """Passes, finished cells, and what is missing: rows and tokens."""
+    """Passes, finished cells, what is missing (rows and tokens), and examples that are cut."""
     passes = dict.fromkeys(name for cell in cells for name in cell.question.passes)
     missing = [cell.question.amount(tuple(cell.missing())) for cell in cells]
     done = sum(not amount.rows for amount in missing)
@@ -161,4 +161,5 @@ def _amounts(cells: Sequence[Cell]) -> tuple[str, ...]:
         f"{sum(amount.rows for amount in missing):,}",
         f"{sum(amount.tokens(0) for amount in missing):,}",
         f"{sum(amount.tokens(1) for amount in missing):,}",
+        f"{sum(cell.question.cut for cell in cells):,}",
     )

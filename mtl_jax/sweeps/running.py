@@ -221,8 +221,15 @@ class Runner:
 
     def _score(self, cell: Cell) -> None:
         try:
-            sweep_files.write_facts(cell.folder, _facts(cell))
+            facts = _facts(cell)
+            sweep_files.write_facts(cell.folder, facts)
             problems = scoring.score(cell)
+            if not problems:
+                # Last, because a cell with this mark is done.
+                marked = dataclasses.replace(facts, scoring=cell.scoring)
+                sweep_files.write_facts(cell.folder, marked)
+                self._finished.add(cell)
+                self._done_rows[cell] = self._rows[cell]
         except UserError as error:
             problems = [str(error)]
         finally:
@@ -261,4 +268,5 @@ def _facts(cell: Cell, asking: Asking | None = None) -> CellFacts:
         truncated=truncated,
         seconds=seconds,
         tokens=tokens,
+        exemplars=question.exemplars,
     )

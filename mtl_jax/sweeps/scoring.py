@@ -1,6 +1,7 @@
 """From the stored passes of a cell to its predictions and its rows of the table; no model runs."""
 
 import dataclasses
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -8,14 +9,19 @@ import numpy as np
 
 from mtl_jax import metrics, results, sweep_files
 from mtl_jax.errors import UserError
+from mtl_jax.eval_task import EvalExample, EvalTask
 from mtl_jax.protocols import ChoiceScores, Protocol
-from mtl_jax.storage import read_jsonl
-from mtl_jax.sweep_files import PREDICTIONS, RESULTS, Row
+from mtl_jax.sweep_files import CELL_FACTS, PREDICTIONS, RESULTS, Row
 from mtl_jax.sweeps.cells import Cell, Question
 
 _DRAWS = 20  # of random answers, where their expected score has no closed form
 
 MetricFn = Callable[..., Mapping[str, Any]]
+Baselines = list[tuple[str, dict[str, float]]]
+
+# They depend on no checkpoint: made once for all cells of a question.
+_BASELINES: weakref.WeakKeyDictionary[Question, dict[tuple[Protocol, ...], Baselines]]
+_BASELINES = weakref.WeakKeyDictionary()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,36 +37,60 @@ class Answers:
     values: list[np.ndarray] | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """The answers of a protocol and what they are worth.
+
+    Attributes:
+      answers: to each example.
+      scores: of each example, 0 to 100.
+      metrics: of the whole task.
+    """
+
+    answers: Answers
+    scores: list[float]
+    metrics: dict[str, float]
+
+
 def is_scored(cell: Cell) -> bool:
-    """Whether the table's rows of a cell are those of its protocols."""
-    wanted = {protocol.name for protocol in cell.question.protocols}
-    rows = read_jsonl(cell.folder / RESULTS)
-    found = {row["protocol"] for row in rows} - set(sweep_files.BASELINES)
-    facts = {(row["run"], row["trained"]) for row in rows}
-    return found == wanted and facts == {(cell.checkpoint.run, cell.trained)}
+    """Whether the table's rows of a cell are all there, and made as they would be made now."""
+    if not (cell.folder / RESULTS).exists() or not (cell.folder / CELL_FACTS).exists():
+        return False
+    return sweep_files.read_facts(cell.folder).scoring == cell.scoring
 
 
 def score(cell: Cell) -> list[str]:
     """Writes predictions.jsonl and results.jsonl of a cell whose passes are all on disk.
 
     Returns:
-      Why protocols could not answer; these are left out.
+      Why protocols or baselines have no results; these are left out.
 
     Raises:
       UserError: a damaged pass, no space or no permission.
     """
     question = cell.question
     stored = {name: cell.stored(name) for name in question.passes}
-    answers, problems = {}, []
+    scored: dict[Protocol, Scored] = {}
+    baselines: Baselines = []
+    problems = []
     for protocol in question.protocols:
         try:
-            answers[protocol] = _answers(question, protocol, stored)
+            scored[protocol] = _scored(question, protocol, stored)
         except UserError as error:
             problems.append(str(error))
-    sweep_files.write_lines(cell.folder / PREDICTIONS, _predictions(question, answers))
-    # Last, because a cell that has these rows is done.
-    sweep_files.write_lines(cell.folder / RESULTS, _rows(cell, answers))
-    return problems
+    try:
+        baselines = _baselines(question, tuple(scored))
+    except UserError as error:
+        problems.append(str(error))
+    sweep_files.write_lines(cell.folder / PREDICTIONS, _predictions(question, scored))
+    sweep_files.write_lines(cell.folder / RESULTS, _rows(cell, scored, baselines))
+    return list(dict.fromkeys(problems))
+
+
+def _scored(question: Question, protocol: Protocol, stored: Mapping[str, Sequence[Row]]) -> Scored:
+    answers = _answers(question, protocol, stored)
+    values = _metrics(question, [protocol], answers.texts)
+    return Scored(answers, _example_scores(question, protocol, answers.texts), values)
 
 
 def _answers(
@@ -73,12 +103,16 @@ def _answers(
     for i, example in enumerate(examples):
         passes = {name: _scores(stored[name][i]) for name in names}
         values.append(protocol.values(passes, example.choices))
-    chosen = [e.choices[int(np.argmax(v))] for e, v in zip(examples, values, strict=True)]
+    chosen = [
+        example.choices[results.largest(of_example, example.index)]
+        for example, of_example in zip(examples, values, strict=True)
+    ]
     return Answers(chosen, values)
 
 
 def _scores(line: Row) -> ChoiceScores:
-    return ChoiceScores(*(np.array(line[name]) for name in ("sums", "eos", "n_tokens")))
+    sums, eos = (np.array(line[name], np.float64) for name in ("sums", "eos"))  # null becomes NaN
+    return ChoiceScores(sums, eos, np.array(line["n_tokens"]))
 
 
 # ------------------------------------------------------------------------------- metrics
@@ -89,12 +123,18 @@ def _metrics(
 ) -> dict[str, float]:
     """The values of all metrics that the protocols report, for answers in the order of examples."""
     values: dict[str, float] = {}
-    # Most protocols report the same metrics.
-    for fns, protocol in {_metric_fns(question, p): p for p in protocols}.items():
-        targets, answers = _compared(question, protocol, texts)
+    for fns, protocol in _different(question, protocols):
+        targets, answers = _compared(question.task, protocol, texts)
         for fn in fns:
             values |= _values(question, fn, targets, answers)
     return values
+
+
+def _different(
+    question: Question, protocols: Iterable[Protocol]
+) -> list[tuple[tuple[MetricFn, ...], Protocol]]:
+    """The protocols that differ in their metrics; most report the same ones."""
+    return list({_metric_fns(question, protocol): protocol for protocol in protocols}.items())
 
 
 def _metric_fns(question: Question, protocol: Protocol) -> tuple[MetricFn, ...]:
@@ -102,10 +142,9 @@ def _metric_fns(question: Question, protocol: Protocol) -> tuple[MetricFn, ...]:
 
 
 def _compared(
-    question: Question, protocol: Protocol, texts: Sequence[str]
+    task: EvalTask, protocol: Protocol, texts: Sequence[str]
 ) -> tuple[list[Any], list[Any]]:
     """The targets and answers that the protocol's metrics compare."""
-    task = question.task
     right = [example.targets_text for example in task.examples]
     targets, answers = results.processed(task, right, True), results.processed(task, texts, False)
     return protocol.compared(targets, answers, right, texts)
@@ -120,20 +159,19 @@ def _values(
         raise
     except Exception as error:  # whatever a user's function raises
         raise UserError(
-            f"the metric {fn.__name__} fails on what the model said: {type(error).__name__}: "
-            f"{error}"
+            f"the metric {results.function_name(fn)} fails on what the model said: "
+            f"{type(error).__name__}: {error}"
         ) from error
 
 
-def _rows(cell: Cell, answers: Mapping[Protocol, Answers]) -> list[Row]:
+def _rows(cell: Cell, scored: Mapping[Protocol, Scored], baselines: Baselines) -> list[Row]:
     """The rows of the table: metrics of each protocol, then baselines."""
     question = cell.question
     rows = []
-    for protocol, of_protocol in answers.items():
-        values = _metrics(question, [protocol], of_protocol.texts)
+    for protocol, of_protocol in scored.items():
         cut = max(question.truncated(name) for name in protocol.passes_for(question.ranked))
-        rows += _table_rows(cell, protocol.name, values, cut)
-    for name, values in _baselines(question, list(answers)):
+        rows += _table_rows(cell, protocol.name, of_protocol.metrics, cut)
+    for name, values in baselines:
         rows += _table_rows(cell, name, values, 0)
     return rows
 
@@ -166,11 +204,16 @@ def _table_rows(cell: Cell, protocol: str, values: Mapping[str, float], cut: int
 # ------------------------------------------------------------------------------- baselines
 
 
-def _baselines(
-    question: Question, protocols: Sequence[Protocol]
-) -> list[tuple[str, dict[str, float]]]:
+def _baselines(question: Question, protocols: tuple[Protocol, ...]) -> Baselines:
+    made = _BASELINES.setdefault(question, {})
+    if protocols not in made:
+        made[protocols] = _made_baselines(question, protocols)
+    return made[protocols]
+
+
+def _made_baselines(question: Question, protocols: Sequence[Protocol]) -> Baselines:
     examples = question.task.examples
-    found = []
+    found: Baselines = []
     if question.ranked:
         found.append(("random", _random(question, protocols)))
         position = results.majority_position(examples)
@@ -187,36 +230,72 @@ def _baselines(
 
 
 def _random(question: Question, protocols: Sequence[Protocol]) -> dict[str, float]:
-    """The expected score of a random choice: exact for accuracy, else the mean of some draws."""
+    """The expected score of a random choice: exact for means over examples, else of some draws."""
     examples = question.task.examples
-    rng = np.random.default_rng(0)
-    draws = []
-    for _ in range(_DRAWS):
-        texts = [e.choices[int(rng.integers(len(e.choices)))] for e in examples]
-        draws.append(_metrics(question, protocols, texts))
-    values = {name: float(np.mean([draw[name] for draw in draws])) for name in draws[0]}
+    values: dict[str, float] = {}
+    for fns, protocol in _different(question, protocols):
+        draws = _drawn(question, protocol) if not all(map(metrics.per_example, fns)) else []
+        for fn in fns:
+            if metrics.per_example(fn):
+                values |= _expected(question, protocol, fn)
+            else:
+                values |= _mean([(_values(question, fn, *draw), 1) for draw in draws])
+    # That of others is also accuracy, if not marked as a mean.
     if "accuracy" in values and question.task.postprocess is None:
         values["accuracy"] = results.baselines(examples)["chance"]
     return values
 
 
+def _expected(question: Question, protocol: Protocol, fn: MetricFn) -> dict[str, float]:
+    """The mean over examples of the mean over choices of what a choice scores as the answer."""
+    by_count: dict[int, list[EvalExample]] = {}
+    for example in question.task.examples:
+        by_count.setdefault(len(example.choices), []).append(example)
+    parts = []
+    for count, members in by_count.items():
+        # All choices of all examples, as if each were an example: its mean is the mean of means.
+        repeated = [example for example in members for _ in range(count)]
+        texts = [choice for example in members for choice in example.choices]
+        task = dataclasses.replace(question.task, examples=repeated)
+        compared = _compared(task, protocol, texts)
+        parts.append((_values(question, fn, *compared), len(members)))
+    return _mean(parts)
+
+
+def _drawn(question: Question, protocol: Protocol) -> list[tuple[list[Any], list[Any]]]:
+    """Targets and answers for a few draws of random choices."""
+    rng, examples = np.random.default_rng(0), question.task.examples
+    drawn = (
+        [e.choices[int(rng.integers(len(e.choices)))] for e in examples] for _ in range(_DRAWS)
+    )
+    return [_compared(question.task, protocol, texts) for texts in drawn]
+
+
+def _mean(parts: Sequence[tuple[Mapping[str, float], int]]) -> dict[str, float]:
+    """The weighted mean of values of the same names."""
+    whole = sum(weight for _, weight in parts)
+    return {
+        name: float(sum(values[name] * weight for values, weight in parts) / whole)
+        for name in parts[0][0]
+    }
+
+
 # ------------------------------------------------------------------------------- predictions
 
 
-def _predictions(question: Question, answers: Mapping[Protocol, Answers]) -> list[Row]:
+def _predictions(question: Question, scored: Mapping[Protocol, Scored]) -> list[Row]:
     task = question.task
-    targets = results.processed(task, (e.targets_text for e in task.examples), True)
-    scores = {
-        protocol: _example_scores(question, protocol, of_protocol.texts)
-        for protocol, of_protocol in answers.items()
-    }
+    targets: list[Any] = [example.targets_text for example in task.examples]
+    if scored:  # and so nothing is wrong with the targets
+        targets = results.processed(task, targets, True)
     lines = []
     for i, example in enumerate(task.examples):
         by_protocol: dict[str, Row] = {}
-        for protocol, of_protocol in answers.items():
-            entry: Row = {"prediction": of_protocol.texts[i], "score": scores[protocol][i]}
-            if of_protocol.values is not None:
-                entry["values"] = [round(float(value), 6) for value in of_protocol.values[i]]
+        for protocol, of_protocol in scored.items():
+            answers = of_protocol.answers
+            entry: Row = {"prediction": answers.texts[i], "score": of_protocol.scores[i]}
+            if answers.values is not None:
+                entry["values"] = [round(float(value), 6) for value in answers.values[i]]
             by_protocol[protocol.name] = entry
         right = targets[i]
         several = isinstance(right, list | tuple) and all(isinstance(t, str) for t in right)
@@ -234,7 +313,7 @@ def _predictions(question: Question, answers: Mapping[Protocol, Answers]) -> lis
 
 def _example_scores(question: Question, protocol: Protocol, texts: Sequence[str]) -> list[float]:
     """0 to 100 for each example: the first metric, or exact match where that is of the whole."""
-    targets, answers = _compared(question, protocol, texts)
+    targets, answers = _compared(question.task, protocol, texts)
     fns = _metric_fns(question, protocol)
     first = fns[0] if fns and metrics.per_example(fns[0]) else metrics.accuracy
     scores = []
