@@ -57,7 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--remove",
         default="",
         metavar="FILE",
-        help="write the training examples that overlap, for Data.exclude",
+        help="write the training examples that overlap, and all of the same inputs, for "
+        "Data.exclude",
     )
 
 
@@ -71,7 +72,7 @@ class TaskOverlap:
         contaminated: of them.
         by: how many overlap with each evaluation task.
         samples: the pairs that overlap most.
-        rows: for `overlap.write_exclusions`.
+        rows: for `overlap.write_exclusions`: these, and all others of the same inputs.
     """
 
     task: str
@@ -154,6 +155,8 @@ def _scan(
 ) -> TaskOverlap:
     """Compares all examples of a training task; adds the evaluation examples found to `hit`."""
     found = TaskOverlap(task)
+    digits: list[str] = []  # of all inputs
+    out: set[str] = set()
     examples = _texts(task, config.split, config)
     while batch := list(itertools.islice(examples, _AT_ONCE)):
         matches: dict[int, list[overlap.Match]] = {}
@@ -162,11 +165,11 @@ def _scan(
         for match in index.scan(joined, least):
             matches.setdefault(match.text, []).append(match)
         for number, of_one in sorted(matches.items()):
-            inputs, _, digits = batch[number]
+            inputs = batch[number][0]
+            out.add(batch[number][2])
             row = found.examples + number
             hit.update(match.example for match in of_one)
             found.by.update({index.task_of[match.example] for match in of_one})
-            found.rows.append({"task": task, "split": config.split, "row": row, "inputs": digits})
             best = max(of_one, key=lambda match: match.overlap)
             found.samples.append(_sample(index, best, row, inputs))
         # The greatest overlaps first; those of a tie in order.
@@ -174,6 +177,14 @@ def _scan(
         del found.samples[_SAMPLES:]
         found.contaminated += len(matches)
         found.examples += len(batch)
+        digits += [of_one for _, _, of_one in batch]
+    # Training knows examples by their inputs, so those that share them with one found go, too:
+    # where only the answer overlaps they are not found themselves.
+    found.rows = [
+        {"task": task, "split": config.split, "row": row, "inputs": of_one}
+        for row, of_one in enumerate(digits)
+        if of_one in out
+    ]
     return found
 
 

@@ -65,7 +65,8 @@ class EffectiveMixture:
         steps: of the run.
         examples_per_step: expected; None where some lengths are not known.
         batch_size: rows of a step.
-        unmeasured: tasks whose lengths there was no time for.
+        unmeasured: tasks whose lengths are not known.
+        empty: of them, those whose first examples were read and have no tokens to train on.
     """
 
     rows: tuple[EffectiveRow, ...]
@@ -73,6 +74,7 @@ class EffectiveMixture:
     examples_per_step: float | None
     batch_size: int
     unmeasured: tuple[str, ...]
+    empty: tuple[str, ...] = ()
 
     def as_json(self) -> list[dict[str, Any]]:
         """Returns the rows for mixture.json."""
@@ -114,12 +116,18 @@ class EffectiveMixture:
         return "\n".join([*table, "", *self._remarks(held_out)]) + "\n"
 
     def _remarks(self, held_out: Sequence[str]) -> Iterator[str]:
-        if self.examples_per_step is None:
+        late = [name for name in self.unmeasured if name not in self.empty]
+        if late:
             yield (
-                f"Lengths of {len(self.unmeasured)} tasks were not measured for want of time; "
-                f"--dry_run measures all of them: {_listed(self.unmeasured)}"
+                f"Lengths of {len(late)} tasks were not measured for want of time; "
+                f"--dry_run measures all of them: {_listed(late)}"
             )
-        else:
+        if self.empty:
+            yield (
+                f"Lengths of {len(self.empty)} tasks are not known, as their first examples are "
+                f"all excluded by Data.exclude or have an empty side: {_listed(self.empty)}"
+            )
+        if self.examples_per_step is not None:
             yield (
                 f"Expected: {self.examples_per_step / self.batch_size:.3g} examples in a row, "
                 f"{self.examples_per_step * self.steps:,.0f} in {self.steps:,} steps of "
@@ -164,7 +172,7 @@ def measure(
     rates = training_rates(config, excluded)
     total = sum(rates.values())
     shares = {name: rate / total if total else 0.0 for name, rate in rates.items()}
-    lengths = _lengths(config, [n for n in rates if rates[n]], excluded, prompt, seconds)
+    lengths, empty = _lengths(config, [n for n in rates if rates[n]], excluded, prompt, seconds)
     unmeasured = tuple(sorted(name for name, rate in rates.items() if rate and name not in lengths))
     per_step = None if unmeasured else _examples_per_step(config, shares, lengths, owners)
     means = {name: pairs.mean(axis=0) for name, pairs in lengths.items()}
@@ -191,7 +199,7 @@ def measure(
                 epochs=None if seen is None or not usable else seen / usable,
             )
         )
-    return EffectiveMixture(tuple(rows), steps, per_step, config.batch_size, unmeasured)
+    return EffectiveMixture(tuple(rows), steps, per_step, config.batch_size, unmeasured, empty)
 
 
 def _token_share(
@@ -245,10 +253,14 @@ def _lengths(
     excluded: Exclusions,
     prompt: Sequence[int],
     seconds: float,
-) -> dict[str, np.ndarray]:
-    """Lengths [examples, 2] of inputs and targets, of the tasks that time sufficed for."""
+) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+    """Lengths [examples, 2] of inputs and targets, of the tasks that time sufficed for.
+
+    And the names of those without tokens in the examples read.
+    """
     count = min(_MOST, max(_LEAST, _MEASURED // max(1, len(names))))
-    found = {}
+    found: dict[str, np.ndarray] = {}
+    empty = []
     spent = 0.0
     for name in names:
         reader = task_reader(name, config, excluded)
@@ -259,8 +271,10 @@ def _lengths(
         if examples:
             pairs = [(len(example.inputs), len(example.targets)) for example in examples]
             found[reader.task.name] = np.array(pairs)
+        else:
+            empty.append(name)
         spent += 0.0 if reader.without_tensorflow else time.monotonic() - start
-    return found
+    return found, tuple(sorted(empty))
 
 
 def _examples_per_step(

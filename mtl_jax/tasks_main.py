@@ -1,7 +1,6 @@
 """`mtl-jax tasks`: lists what is registered and shows examples as the model sees them."""
 
 import argparse
-import os
 import shutil
 import sys
 import textwrap
@@ -19,11 +18,12 @@ if TYPE_CHECKING:
 _TOKENS_SHOWN = 24
 _LENGTHS = {"inputs": 512, "targets": 128}
 
-# What `mtl-jax tasks` knows without --module; the second group reads the data folder.
-SHIPPED = ("mtl_jax.tasks.embedded",)
-SHIPPED_WITH_DATA = (
-    *("mtl_jax.tasks.p3", "mtl_jax.tasks.super_glue", "mtl_jax.tasks.pretrain"),
-    *("mtl_jax.tasks.sni", "mtl_jax.tasks.cot", "mtl_jax.tasks.library"),
+# What `mtl-jax tasks` knows without --module, as far as it can be loaded: most need parts of the
+# data folder, the last two a vocabulary alone.
+SHIPPED = (
+    *("mtl_jax.tasks.embedded", "mtl_jax.tasks.p3", "mtl_jax.tasks.t0", "mtl_jax.tasks.super_glue"),
+    *("mtl_jax.tasks.pretrain", "mtl_jax.tasks.sni", "mtl_jax.tasks.cot"),
+    *("mtl_jax.tasks.library", "mtl_jax.tasks.multilingual"),
 )
 
 
@@ -93,14 +93,36 @@ def main(args: argparse.Namespace) -> int:
     # Only now, for TensorFlow takes seconds and `--help` needs none.
     from mtl_jax.data import DataConfig, load_modules
 
-    has_data = args.data_dir or os.environ.get("MTL_JAX_DATA")
-    shipped = SHIPPED + SHIPPED_WITH_DATA if has_data else SHIPPED
-    load_modules(DataConfig(task_modules=args.module or shipped, data_dir=args.data_dir))
-    if args.action == "show":
-        _show(args, sys.stdout)
-    else:
+    load_modules(DataConfig(task_modules=args.module, data_dir=args.data_dir))
+    missing = [] if args.module else _load_shipped()
+    if args.action != "show":
+        _print_missing(missing)
         _list(getattr(args, "filter", ""), args.counts, sys.stdout)
+        return 0
+    try:
+        _show(args, sys.stdout)
+    except UserError:
+        _print_missing(missing)  # one of these may have the task that was asked for
+        raise
     return 0
+
+
+def _load_shipped() -> list[tuple[str, UserError]]:
+    """Imports the modules of SHIPPED; returns those that cannot be had here, with the reason."""
+    from mtl_jax.data import DataConfig, load_modules
+
+    missing = []
+    for module in SHIPPED:
+        try:
+            load_modules(DataConfig(task_modules=[module]))
+        except UserError as error:
+            missing.append((module, error))
+    return missing
+
+
+def _print_missing(missing: Sequence[tuple[str, UserError]]) -> None:
+    for module, error in missing:
+        print(f"not listed: {module} ({error})", file=sys.stderr)
 
 
 def _list(part: str, counts: bool, out: TextIO) -> None:

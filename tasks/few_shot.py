@@ -3,14 +3,15 @@
     few_shot_task("super_glue_cb_can_we_infer", 2)   # -> 'super_glue_cb_can_we_infer_2shot'
 
 Every input gets exemplars of its own, from the training split if the task has one, otherwise from
-the split itself, and never the example itself. They depend on the seed, the data set, the split
-and the number of the row alone: prompts of one data set get the same rows, and the exemplars of
-one shot are the first of those of two.
+`dev` or `validation` (the split itself is the last resort), and never the example itself. They
+depend on the seed, the data set, the split and the number of the row alone: prompts of one data set
+get the same rows, and the exemplars of one shot are the first of those of two.
 """
 
 import dataclasses
 import functools
 import hashlib
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -25,6 +26,12 @@ from mtl_jax.tasks.prompts import SEPARATOR
 from mtl_jax.tasks.rendered import Example, RenderedDataSource, Write
 from mtl_jax.tasks.task_texts import TaskTexts
 
+_log = logging.getLogger(__name__)
+
+# Where exemplars are from, in this order, if the task lacks the split asked for. Not from `test`:
+# its answers may be hidden, and it is what others are evaluated on.
+_POOLS = ("train", "dev", "validation")
+
 
 @dataclasses.dataclass(frozen=True)
 class Shots:
@@ -32,7 +39,9 @@ class Shots:
 
     Attributes:
         number: of exemplars; fewer where `max_tokens` leaves no room.
-        pool_split: where they are from; the split itself where the task has no such split.
+        pool_split: where they are from. Where the task has no such split: from `train`, `dev` or
+            `validation`, the first that it has and that is not read itself; without any of these
+            from the split itself, with a warning in the log.
         seed: of the draws.
         max_tokens: of the whole input, with an end of sequence. Exemplars that do not fit are left
             out from the last one on; the input behind them is never cut here. None: no limit.
@@ -205,12 +214,29 @@ class ExemplarDataSource(RenderedDataSource):
 
     def open(self, split: str) -> tuple[int, Write]:
         """Opens the task's split and the pool; both are kept for as long as the source is."""
+        pool = self.pool(split)
+        if pool == split and self._how.pool_split != split:
+            _log.warning(
+                "Task %s has none of the splits %s beside %s: its exemplars are from the split %s "
+                "itself, whose other examples each input thus shows with their answers.",
+                self._task.name,
+                ", ".join(dict.fromkeys((self._how.pool_split, *_POOLS))),
+                split,
+                pool,
+            )
 
         def write(index: int, seed: int | None) -> Example | None:
             example = self._texts.get(split, index)
             return None if example is None else self._write(example, split, index, seed)
 
         return self._texts.count(split), write
+
+    def pool(self, split: str) -> str:
+        """Returns the split that gives the exemplars of the inputs of a split."""
+        if self._how.pool_split in self._task.splits:
+            return self._how.pool_split
+        others = [name for name in _POOLS if name in self._task.splits and name != split]
+        return others[0] if others else split
 
     def _write(self, example: Example, split: str, index: int, seed: int | None) -> Example:
         how = self._how
@@ -237,7 +263,7 @@ class ExemplarDataSource(RenderedDataSource):
     ) -> Sequence[Example]:
         """The exemplars of a row: any but the row itself and those of the same input."""
         how, task = self._how, self._task
-        pool = how.pool_split if how.pool_split in task.splits else split
+        pool = self.pool(split)
         row = "all" if how.fixed else index
         label = f"{how.seed}/{self._dataset}/{split}/{row}/{'' if epoch is None else epoch}"
         rng = np.random.Generator(np.random.Philox(_digest(label)))

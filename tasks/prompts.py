@@ -122,8 +122,9 @@ class Template:
             row: PromptSource's way to skip rows that a prompt does not apply to.
 
         Raises:
-            UserError: a variable is missing, an expression fails, or there is not exactly one
-                `|||`; names the template, the row and the variable.
+            UserError: a variable is missing, an expression fails, there is not exactly one `|||`,
+                or one of several choices is empty; names the template, the row and the variable or
+                the number of the choice.
         """
         if "answer_choices" in row:
             raise UserError(
@@ -137,7 +138,9 @@ class Template:
             text = self.answer_choices
             if "{" in text:  # most lists of choices are the same for every row
                 text = self._render_part("answer_choices", values, row, row_name, chooser)
-            choices = [choice for choice in _split(text) if choice]
+            choices = _split(text)
+            if choices == [""]:
+                choices = []
             # Inside the template the choices are protected like every other text of the row.
             values["answer_choices"] = _protect(choices)
         else:
@@ -153,6 +156,12 @@ class Template:
         inputs, targets = parts
         if not inputs or not targets:
             return None
+        if "" in choices:  # only here, for a row that is skipped may lack what choices are made of
+            raise UserError(
+                f"Template {self.name!r}, {_describe_row(row, row_name)}: answer choice "
+                f"{choices.index('')} (counted from 0) is empty; leaving it out would give the "
+                "choices behind it other labels. Guard the row or write something for it."
+            )
         return Rendered(inputs, targets, choices)
 
     def _render_part(

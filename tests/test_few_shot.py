@@ -98,6 +98,31 @@ def test_a_row_never_sees_itself():
         examples(new, "test")
 
 
+@pytest.mark.parametrize(
+    ("splits", "split", "asked", "pool"),
+    [
+        ("train dev test", "test", "train", "train"),
+        ("test dev", "test", "train", "dev"),
+        ("test validation dev", "validation", "train", "dev"),
+        ("validation test", "test", "train", "validation"),
+        ("train dev test", "train", "other", "dev"),
+        ("dev test", "test", "test", "test"),  # asked for
+        ("validation test", "validation", "train", "validation"),
+        ("test", "test", "train", "test"),
+    ],
+)
+def test_the_evaluated_split_is_the_last_to_give_exemplars(splits, split, asked, pool, caplog):
+    rows = {
+        name: [{"text": f"{name} {n}", "label": 0} for n in range(4)] for name in splits.split()
+    }
+    [name] = tasks(rows=rows)
+    for example in examples(few_shot_task(name, 2, pool_split=asked), split):
+        exemplars, query = split_up(example)
+        assert all(text.startswith(f"{pool} ") and text != query for text, _ in exemplars)
+    warned = f"Task {name} has none of the splits" in caplog.text
+    assert warned == (pool == split != asked)
+
+
 def test_draws_depend_on_nothing_but_seed_data_set_split_and_row():
     good, other = tasks([GOOD, OTHER])
     new = few_shot_task(good, 2)

@@ -155,7 +155,42 @@ def test_a_dataset_together_counts_for_no_more_than_its_cap(sized_tasks):
     assert rates_of("m") == pytest.approx(expected, rel=1e-12)
     assert build_mixture(config) == "m"
     build_mixture(MixtureConfig("n", ["size*"], maximum_dataset_total=60, temperature=2.0))
-    assert rates_of("n")["size1000"] == pytest.approx((600 / 11) ** 0.5, rel=1e-12)
+    assert rates_of("n")["size1000"] == pytest.approx(60**0.5 * 10 / 11, rel=1e-12)
+    # A dataset weighs no more for having more prompts: 11 examples in one task or in two.
+    assert rates_of("n")["size1"] + rates_of("n")["size10"] == pytest.approx(11**0.5, rel=1e-12)
+
+
+def test_caps_and_rates_may_name_what_is_held_out(sized_tasks):
+    out = {"task": ["size10*"]}
+    caps = {"size10, size100*": 50.0, "size1": 0.5}
+    build_mixture(MixtureConfig("m", ["size*"], maximum=caps, hold_out=out))
+    assert rates_of("m") == {"size1": 0.5}
+    rates = {"size1": 2.0, "size100": 1.0}
+    build_mixture(MixtureConfig("r", ["size*"], rates=rates, hold_out=out))
+    assert rates_of("r") == {"size1": 2.0}
+    parts = {"size10, size1": 1.0, "size100*": 1.0}
+    build_mixture(MixtureConfig("p", parts=parts, maximum=caps, hold_out=out))
+    assert rates_of("p") == {"size1": 1.0}
+    with pytest.raises(UserError, match=r"'size2' is none of the mixture's tasks"):
+        build_mixture(MixtureConfig("n", ["size*"], maximum={"size2": 1}, hold_out=out))
+
+
+def test_globs_take_only_what_is_for_training(sized_tasks, caplog):
+    sized_task("size5", 5)
+    describe("size5", dataset="small", trained=False)
+    seqio.MixtureRegistry.add("inner", [("size5", 1.0), ("size1", 1.0)])
+    build_mixture(MixtureConfig("m", ["size*"], maximum={"size5": 2}, hold_out={"task": ["size5"]}))
+    assert task_names("m") == ["size1", "size10", "size100", "size1000"]
+    assert "Mixture m: 1 tasks that globs fit are not for training" in caplog.text
+    build_mixture(MixtureConfig("parts", parts={"size1*": 1.0}))
+    assert "size5" not in task_names("parts")
+    for name, tasks in (("named", ["size?", "size5"]), ("opened", ["inner"])):
+        build_mixture(MixtureConfig(name, tasks))
+        assert task_names(name) == ["size1", "size5"]
+    build_mixture(MixtureConfig("by_glob", ["inne?"]))
+    assert task_names("by_glob") == ["size1", "size5"]
+    with pytest.raises(UserError, match=r"all 1 tasks that 'size\[5\]' fits are for evaluation"):
+        build_mixture(MixtureConfig("none", ["size[5]"]))
 
 
 def test_the_two_caps_on_t0s_own_example(monkeypatch, sized_tasks):

@@ -36,6 +36,21 @@ def test_choices_are_rendered_for_each_row():
     assert template.render(row) == Rendered("p", "right", ["left", "right"])
 
 
+def test_an_empty_choice_is_refused_and_never_shifts_the_labels():
+    template = Template(
+        "quiz",
+        "{% if label >= 0 %}Which? ||| {{ answer_choices[label] }}{% endif %}",
+        "{{ options | join(' ||| ') }}",
+    )
+    row = {"options": ["", "a", "b"], "label": 1}
+    message = r"'quiz', train row 7: answer choice 0 \(counted from 0\) is empty"
+    with pytest.raises(UserError, match=message):
+        template.render(row, "train row 7")
+    assert template.render(row | {"label": -1}) is None  # a row that the prompt skips
+    free = Template("free", "Which? ||| {{label}}", "{{ options | join(' ||| ') }}")
+    assert free.render({"options": [], "label": 1}) == Rendered("Which?", "1", [])
+
+
 def test_separator_inside_a_row_is_text():
     template = Template("t", "{{a}} ||| {{ answer_choices[0] }}", "{{a}} ||| {{b}}")
     row = {"a": "x ||| y", "b": "z"}

@@ -87,14 +87,18 @@ def test_filter_and_nothing_found(capsys):
     assert "Did you mean 'listed_first'" in capsys.readouterr().out
 
 
-def test_without_a_module_what_ships_is_listed():
+def test_without_a_module_what_ships_and_can_be_loaded_is_listed(tmp_path):
+    """With a data folder of one's own, and a vocabulary that needs no file."""
     # A process of its own: in this one other tests may have imported those modules already, and an
     # import registers once.
-    environment = {name: value for name, value in os.environ.items() if name != "MTL_JAX_DATA"}
+    environment = os.environ | {"MTL_JAX_DATA": str(tmp_path), "MTL_JAX_VOCABULARY": "bytes"}
     command = [sys.executable, "-m", "mtl_jax", "tasks", "list"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert "embedded_sentiment_good_or_bad" in done.stdout
-    assert "embedded_train" in done.stdout
+    for name in ("embedded_sentiment_good_or_bad", "embedded_train", "glue_rte_", "xnli_sw_"):
+        assert name in done.stdout
+    told = [line for line in done.stderr.splitlines() if line.startswith("not listed: ")]
+    assert len(told) == 6
+    assert told[0].startswith("not listed: mtl_jax.tasks.p3 (The data folder")
 
 
 def test_counts_read_the_files(tmp_path, capsys):

@@ -16,18 +16,26 @@ Rate = float | Callable[[seqio.Task], float]
 _Value = TypeVar("_Value")
 
 
-def task_rates(config: MixtureConfig, names: Sequence[str]) -> dict[str, Rate]:
+def task_rates(
+    config: MixtureConfig, names: Sequence[str], known: Sequence[str] = ()
+) -> dict[str, Rate]:
     """Returns the rate of each task, a number or what SeqIO asks for one when it is needed.
+
+    Args:
+        config: says how.
+        names: of the tasks.
+        known: of others that names and globs in the configuration may be for, without effect: they
+            are held out.
 
     Raises:
         UserError: a value that cannot be used; names the field.
     """
     if isinstance(config.rates, Mapping):
-        return _explicit_rates(config.rates, names)
+        return _explicit_rates(config.rates, names, known)
     if config.rates == "equal":
         return dict.fromkeys(names, 1.0)
     if config.rates == "examples":
-        return _rates_by_examples(config, names)
+        return _rates_by_examples(config, names, known)
     if config.rates == "unimax":
         sizes = [examples_rate(seqio.TaskRegistry.get(name)) for name in names]
         # The configuration has checked that the two are given.
@@ -49,13 +57,16 @@ def pieces(pattern: str) -> list[str]:
     return [stripped for piece in pattern.split(",") if (stripped := piece.strip())]
 
 
-def by_pattern(field: str, given: Mapping[str, _Value], names: Sequence[str]) -> dict[str, _Value]:
+def by_pattern(
+    field: str, given: Mapping[str, _Value], names: Sequence[str], known: Sequence[str] = ()
+) -> dict[str, _Value]:
     """Returns the values of the tasks: a name beats a glob, a later glob an earlier one.
 
     Args:
         field: for messages.
         given: values by name or glob, or several with commas.
         names: of the tasks.
+        known: of others, which get no value, but a pattern may fit these alone.
 
     Raises:
         UserError: a pattern fits none of the names.
@@ -64,19 +75,20 @@ def by_pattern(field: str, given: Mapping[str, _Value], names: Sequence[str]) ->
     found: dict[str, _Value] = {}
     for pattern, value in sorted(single, key=lambda pair: pair[0] in names):
         fitting = fnmatch.filter(names, pattern)
-        if not fitting:
-            raise UserError(
-                f"{field}: {pattern!r} is none of the mixture's tasks.{suggest(pattern, names)}"
-            )
+        if not fitting and not fnmatch.filter(known, pattern):
+            near = suggest(pattern, [*names, *known])
+            raise UserError(f"{field}: {pattern!r} is none of the mixture's tasks.{near}")
         found.update(dict.fromkeys(fitting, value))
     return found
 
 
-def _explicit_rates(rates: Mapping[str, float], names: Sequence[str]) -> dict[str, Rate]:
+def _explicit_rates(
+    rates: Mapping[str, float], names: Sequence[str], known: Sequence[str]
+) -> dict[str, Rate]:
     for pattern, rate in rates.items():
         if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not rate >= 0:
             raise UserError(f"Mixture.rates[{pattern!r}] must be a number >= 0, not {rate!r}.")
-    found = by_pattern("Mixture.rates", rates, names)
+    found = by_pattern("Mixture.rates", rates, names, known)
     missing = [name for name in names if name not in found]
     if missing:
         raise UserError(
@@ -86,12 +98,14 @@ def _explicit_rates(rates: Mapping[str, float], names: Sequence[str]) -> dict[st
     return {name: float(found[name]) for name in names}
 
 
-def _rates_by_examples(config: MixtureConfig, names: Sequence[str]) -> dict[str, Rate]:
+def _rates_by_examples(
+    config: MixtureConfig, names: Sequence[str], known: Sequence[str]
+) -> dict[str, Rate]:
     caps: dict[str, dict[str, float]] = {}
     for field in CAPS:
         given = getattr(config, field)
         if isinstance(given, Mapping):
-            caps[field] = by_pattern(f"Mixture.{field}", given, names)
+            caps[field] = by_pattern(f"Mixture.{field}", given, names, known)
         else:
             caps[field] = {} if given is None else dict.fromkeys(names, given)
     of_dataset: dict[str, list[str]] = {}
@@ -201,10 +215,12 @@ def dataset_total_rate(
         task: one of the tasks of a dataset.
         maximum: where they have more examples together, each has its part of this.
         tasks: names of the tasks of the dataset in the mixture.
-        temperature: the rate becomes rate ** (1 / temperature).
+        temperature: the rate of all together becomes rate ** (1 / temperature), so that a dataset
+            weighs no more for having more prompts.
 
     Raises:
         UserError: the number of examples of one of them is not known.
     """
     together = sum(examples_rate(seqio.TaskRegistry.get(name)) for name in tasks)
-    return (examples_rate(task) * min(1.0, maximum / together)) ** (1 / temperature)
+    total = min(maximum, together) ** (1 / temperature)
+    return total * examples_rate(task) / together
