@@ -277,7 +277,8 @@ def test_matching_values(value, annotation, expected):
 
 
 SHIPPED = config.package_gin_folder()
-COMPARISONS = ("methods.gin",)  # for `mtl-jax compare`
+# Runs that are not for `mtl-jax train`.
+COMMANDS = {"methods.gin": "compare", "leave_one_out.gin": "compare", "zero_shot.gin": "sweep"}
 
 
 @pytest.mark.parametrize("path", sorted(SHIPPED.rglob("*.gin")), ids=lambda path: path.name)
@@ -287,11 +288,11 @@ def test_shipped_files_are_short_and_say_what_they_are(path):
     assert len([line for line in lines if line and not line.startswith("#")]) <= 25
     if path.parent.name == "runs":
         name = path.relative_to(SHIPPED).as_posix()
-        command = "compare" if path.name in COMPARISONS else "train"
+        command = COMMANDS.get(path.name, "train")
         assert f"mtl-jax {command} --gin_file=gin/{name}" in path.read_text()
 
 
-TRAINED = [path for path in sorted(SHIPPED.glob("runs/*.gin")) if path.name not in COMPARISONS]
+TRAINED = [path for path in sorted(SHIPPED.glob("runs/*.gin")) if path.name not in COMMANDS]
 
 
 @pytest.mark.parametrize("path", TRAINED, ids=lambda path: path.name)
