@@ -27,6 +27,8 @@ _FLAGS = {
     "process_id": "JAX_PROCESS_ID",
 }
 
+_POD, _TPU = "the TPU pod", "the TPU machine"
+
 
 class _Nowhere(io.TextIOBase):
     def write(self, text: str, /) -> int:
@@ -45,8 +47,9 @@ def start(args: argparse.Namespace) -> None:
     """
     given = {name: _given(args, name) for name in _FLAGS}
     missing = [name for name, value in given.items() if value is None]
+    found = launcher(os.environ)
     if len(missing) == len(given):
-        if not launcher(os.environ):
+        if not found:
             return
         given = {}
     elif missing:
@@ -63,16 +66,14 @@ def start(args: argparse.Namespace) -> None:
             **given, initialization_timeout=waiting, heartbeat_timeout_seconds=silence
         )
     except (RuntimeError, ValueError) as error:
-        where = given.get("coordinator_address") or f"the coordinator that {_found()} names"
+        if not given and found == _TPU and isinstance(error, ValueError):
+            return  # JAX finds no neighbours: a single machine, or one of its own kind
+        where = given.get("coordinator_address") or f"the coordinator that {found} names"
         reason = str(error).strip().splitlines()[0][:200]
         raise UserError(
             f"The processes of the job did not find one another at {where} ({reason}). Was every "
             f"process started, within {waiting} s of the first, and can it reach that address?"
         ) from error
-
-
-def _found() -> str:
-    return launcher(os.environ)
 
 
 def _given(args: argparse.Namespace, name: str) -> Any:
@@ -113,13 +114,13 @@ def launcher(environment: Mapping[str, str]) -> str:
     if several("OMPI_COMM_WORLD_SIZE"):
         return "Open MPI"
     if "," in environment.get("TPU_WORKER_HOSTNAMES", "") or several("MEGASCALE_NUM_SLICES"):
-        return "the TPU pod"
+        return _POD
     # A TPU machine that says nothing of its neighbours: JAX asks the machine's metadata.
     on_tpu = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")
     wanted = environment.get("JAX_PLATFORMS", "tpu")
     single = environment.get("TPU_WORKER_HOSTNAMES") == "localhost"
     if on_tpu and importlib.util.find_spec("libtpu") and "tpu" in wanted and not single:
-        return "the TPU pod"
+        return _TPU
     return ""
 
 
