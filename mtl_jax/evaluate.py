@@ -293,8 +293,8 @@ class Evaluator:
 
         Returns:
           One row per task and metric: task, dataset, prompt, family, trained, original, language,
-          split, step, metric, value, n, truncated. The metrics "chance" and "majority" are the baselines of ranked
-          tasks, in per cent.
+          split, step, metric, value, n, truncated. The metrics "chance" and "majority" are the
+          baselines of ranked tasks, in per cent.
 
         Raises:
           UserError: a task without examples, or with choices for a part of them; no space or no
