@@ -20,6 +20,9 @@ AOT := .venv/aot
 TORCH := .venv/torch-ready
 # Which lock file fits the interpreter of .venv.
 LOCKED = $$($(BIN)/python -c "import sys; print('py311' if sys.version_info < (3, 12) else 'py312')")
+# Two processes: compiling is most of the work, and uses one core. A file stays in one process.
+WORKERS ?= 2
+PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadfile
 QUICK := not slow and not data and not torch and not aot and not gpu
 UV ?= uv
 LOCK = $(UV) pip compile setup.py --quiet --extra test --universal --custom-compile-command "make lock"
@@ -33,11 +36,11 @@ quickstart: $(READY) ## train a small model on the embedded tasks and evaluate i
 
 test: lint ## lint, type check and the quick tests
 	@echo "==> quick tests"
-	@$(BIN)/pytest -m "$(QUICK)"
+	@$(PYTEST) -m "$(QUICK)"
 
 test-all: $(TORCH) $(AOT)/ready ## the tests that need time, PyTorch, the data folder (MTL_JAX_DATA) or a GPU
 	@echo "==> the other tests"
-	@$(BIN)/pytest -m "not ($(QUICK)) and not aot"
+	@$(PYTEST) -m "not ($(QUICK)) and not aot"
 	@echo "==> kernels compiled for devices that are not here"
 	@PYTHONPATH=$(AOT) $(BIN)/pytest -m aot
 

@@ -59,6 +59,7 @@ EXTRAS = {
         "mypy>=1.15",
         "packaging>=24.0",
         "pytest>=8.3",
+        "pytest-xdist>=3.6",
         "ruff>=0.12",
         "safetensors>=0.5",
         "scipy>=1.14",

@@ -141,7 +141,8 @@ def test_a_batch_of_another_size_gives_the_same(finished, toy):
             for a, b in zip(lines(ours, name), lines(theirs, name), strict=True):
                 assert a.get("text") == b.get("text")
                 for key in ("sums", "eos"):
-                    np.testing.assert_allclose(a.get(key, 0), b.get(key, 0), atol=1e-5)
+                    # Sums near 30 of float32 terms; matrices of another shape add in another order.
+                    np.testing.assert_allclose(a.get(key, 0), b.get(key, 0), rtol=3e-6, atol=1e-5)
 
 
 def test_only_what_is_new_is_asked(finished, toy, monkeypatch, capsys):
