@@ -45,17 +45,23 @@ class MeshConfig:
         other axes leave.
       fsdp: shards of every parameter along its embedding axis; rows are split over them too.
       tensor: shards of heads, MLP and vocabulary.
+      slices: parts of the machine that only a data-centre network joins. `data` is split over them
+        first, so that only the gradients of whole copies cross that network. -1 takes what TPUs
+        say of themselves, and one part elsewhere; for GPUs, it may be the number of machines.
     """
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    slices: int = -1
 
     def __post_init__(self) -> None:
         sizes = [getattr(self, axis) for axis in AXES]
         if sizes.count(-1) > 1 or any(size == 0 or size < -1 for size in sizes):
             given = ", ".join(f"Mesh.{a} = {s}" for a, s in zip(AXES, sizes, strict=True))
             raise UserError(f"Mesh sizes are positive, and one of them may be -1; got {given}.")
+        if self.slices == 0 or self.slices < -1:
+            raise UserError(f"Mesh.slices is positive, or -1 to ask TPUs; got {self.slices}.")
 
 
 def configure_jax() -> None:
@@ -72,7 +78,8 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
       devices: all devices of all processes by default.
 
     Raises:
-      UserError: the sizes do not multiply to the number of devices; names axis and sizes.
+      UserError: the sizes do not multiply to the number of devices, or a copy of the model would
+        lie across slices; names axis and sizes.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = {axis: getattr(cfg, axis) for axis in AXES}
@@ -87,9 +94,43 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         )
     for axis in free:
         sizes[axis] = len(devices) // known
-    return jax.make_mesh(
-        tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
-    )
+    slices = _slices(cfg, devices)
+    if sizes["data"] % len(slices):
+        raise UserError(
+            f"Mesh.data = {sizes['data']} cannot be split over {len(slices)} slices (Mesh.slices): "
+            f"Mesh.fsdp x Mesh.tensor must divide the {len(slices[0])} devices of a slice; "
+            f"products that would: {_divisors(len(slices[0]))}."
+        )
+    shape = (sizes["data"] // len(slices), sizes["fsdp"], sizes["tensor"])
+    types = (AxisType.Auto,) * len(AXES)
+    meshes = [jax.make_mesh(shape, AXES, axis_types=types, devices=part) for part in slices]
+    if len(meshes) == 1:
+        return meshes[0]
+    # Within a slice as JAX finds it best for the torus; slices one after another.
+    return Mesh(np.concatenate([mesh.devices for mesh in meshes]), AXES, axis_types=types)
+
+
+def _slices(cfg: MeshConfig, devices: Sequence[Any]) -> list[list[Any]]:
+    """The devices of each slice."""
+    of_slice: dict[int, list[Any]] = {}
+    for device in devices:
+        # Other platforms number machines so, and a copy of the model may well lie across these.
+        known = device.platform == "tpu" and getattr(device, "slice_index", None)
+        of_slice.setdefault(known or 0, []).append(device)
+    parts = [of_slice[index] for index in sorted(of_slice)]
+    if cfg.slices == -1 or cfg.slices == len(parts):
+        return parts
+    if len(parts) > 1:
+        raise UserError(f"Mesh.slices = {cfg.slices}, but the devices are of {len(parts)} slices.")
+    if len(devices) % cfg.slices:
+        raise UserError(
+            f"Mesh.slices = {cfg.slices} does not divide {len(devices)} devices; sizes that would "
+            f"work: {_divisors(len(devices))}."
+        )
+    # Devices that do not say: those of a process stand together.
+    together = sorted(devices, key=lambda device: (device.process_index, device.id))
+    size = len(devices) // cfg.slices
+    return [together[start : start + size] for start in range(0, len(devices), size)]
 
 
 def _divisors(number: int, limit: int = 4096) -> str:

@@ -63,7 +63,10 @@ def relative(found, expected):
     return np.abs(np.asarray(found) - expected).max() / np.abs(expected).max()
 
 
-@pytest.mark.parametrize(("how", "mixed"), [("microbatch", False), ("vmap", False), ("vmap", True)])
+@pytest.mark.parametrize(
+    ("how", "mixed"),
+    [("microbatch", False), ("vmap", False), pytest.param("vmap", True, marks=pytest.mark.slow)],
+)
 def test_gradients_of_single_tasks_are_those_of_their_mean_losses(how, mixed):
     """Gramian and update against gradients of each task alone; float32 sums in another order."""
     chosen = balancer("MGDA", task_gradients=how)
@@ -78,6 +81,7 @@ def test_gradients_of_single_tasks_are_those_of_their_mean_losses(how, mixed):
     assert not told.get("mixed_microbatches", False)
 
 
+@pytest.mark.slow
 def test_groups_split_the_gramian():
     layered = gradients_of(balancer("MGDA", groups="layer"), batch())[3]["gram"]
     assert layered.shape == (4, 3, 3)  # one encoder layer, two decoder layers, the rest
@@ -99,6 +103,7 @@ def test_groups_split_the_gramian():
     assert relative(last[0], of_layer("decoder", 1)) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["PCGrad", "CAGrad"])
 def test_each_group_has_weights_of_its_own(name):
     """By layer, the update is the whole model's method on each layer's Gramian alone."""
@@ -116,6 +121,7 @@ def test_each_group_has_weights_of_its_own(name):
         np.testing.assert_allclose(grad, expected, rtol=1e-4, atol=1e-5, err_msg=path)
 
 
+@pytest.mark.slow
 def test_sketches_estimate_the_gramian_and_the_second_pass_is_exact():
     size = 4096
     chosen = balancer("MGDA", task_gradients="sketch", sketch_size=size)
@@ -157,7 +163,8 @@ def test_split_half_cosine_of_equal_and_of_opposite_parts():
     assert np.isnan(told["split_half_cosine"][0, 1:]).all()
 
 
-@pytest.mark.parametrize("parts", [pytest.param(1, marks=pytest.mark.slow), 4])
+@pytest.mark.slow
+@pytest.mark.parametrize("parts", [1, 4])
 def test_static_weights_of_one_are_plain_training_bit_for_bit(parts):
     settings = objective.StepConfig(microbatches=parts, z_loss=1e-3)
     rows = batch(mixed=True)
@@ -182,6 +189,7 @@ def test_static_weights_of_one_are_plain_training_bit_for_bit(parts):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_static_weights_weigh_tokens():
     """Factor 2 for a task is as if its tokens counted twice: against a batch so weighted."""
     chosen = balancer(METHODS["StaticWeights"](factors={"b": 2.0}))
@@ -198,7 +206,15 @@ def test_static_weights_weigh_tokens():
         np.testing.assert_allclose(grad, other * ratio, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", sorted(METHODS.keys() - {"TransferObjective"}))  # it needs two
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name, marks=() if name in ("PCGrad", "UncertaintyWeights") else pytest.mark.slow
+        )
+        for name in sorted(METHODS.keys() - {"TransferObjective"})  # it needs two
+    ],
+)
 def test_with_one_task_every_method_is_plain_training_bit_for_bit(name):
     chosen = balancer(name, names=("a",))
     assert chosen.method is None
@@ -216,9 +232,8 @@ def test_with_one_task_every_method_is_plain_training_bit_for_bit(name):
     assert programs[0] == programs[1]
 
 
-@pytest.mark.parametrize(
-    "reduction", [pytest.param("token_mean", marks=pytest.mark.slow), "example_mean"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("reduction", ["token_mean", "example_mean"])
 def test_reductions(reduction):
     """The plain objective as a mean over tokens or over examples, by numpy on the token losses."""
     rows = batch(mixed=True)
@@ -284,6 +299,7 @@ def test_a_step_between_solutions_applies_the_held_weights(groups_kind):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_looking_at_gradients_does_not_change_a_loss_side_method():
     looking, not_looking = balancer("TaskMean", monitor_every=1), balancer("TaskMean")
     grads, _, _, told = gradients_of(looking, batch())
@@ -294,6 +310,7 @@ def test_looking_at_gradients_does_not_change_a_loss_side_method():
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rescale", ["sum_to_one", "mean_norm"])
 def test_rescaling(rescale):
     grads, _, _, told = gradients_of(balancer("PCGrad", rescale=rescale), batch())
@@ -305,6 +322,7 @@ def test_rescaling(rescale):
     np.testing.assert_allclose(norms[0], norms[1], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_tasks_of_one_dataset_are_one():
     """Tasks 1 and 3 count as one: the same as if the batch said so."""
     owned = make_balancer(
@@ -344,6 +362,7 @@ class _Recorder(Method):
         return jnp.stack([seen.losses, losses_after])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [1, 4], ids=["one pass", "a forward pass more"])
 def test_losses_are_known_before_the_weights_and_after_the_update(parts):
     chosen = make_balancer(BalanceConfig(), _Recorder(), NAMES, CFG)

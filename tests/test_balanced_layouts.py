@@ -32,20 +32,17 @@ def run(chosen, layout, steps=2, axes=AXES):
     return np.array(found), jax.device_get(state)
 
 
-LAYOUTS = (pytest.param((1, 8, 1), marks=pytest.mark.slow), (2, 2, 2))
+LAYOUTS = ((1, 8, 1), (2, 2, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize(
     ("name", "values"),
     [
         pytest.param("CAGrad", {}, id="microbatch"),
-        pytest.param(
-            *("PCGrad", {"groups": "layer", "task_gradients": "sketch"}),
-            id="sketch",
-            marks=pytest.mark.slow,
-        ),
-        pytest.param("MGDA", {"task_gradients": "vmap"}, id="vmap", marks=pytest.mark.slow),
+        pytest.param("PCGrad", {"groups": "layer", "task_gradients": "sketch"}, id="sketch"),
+        pytest.param("MGDA", {"task_gradients": "vmap"}, id="vmap"),
     ],
 )
 def test_every_layout_gives_the_numbers_of_one_device(name, values, layout):

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 PROGRAM = """
 import functools
 import jax
@@ -41,6 +43,7 @@ np.testing.assert_allclose(optax.tree.norm(gradient), 70.82707, rtol=1e-5)
 """
 
 
+@pytest.mark.slow
 def test_the_compiler_with_its_optimisations_computes_rightly():
     """In a process of its own, for the other tests compile without optimisation."""
     environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}

@@ -173,6 +173,7 @@ def test_module_is_the_command():
     assert (result.returncode, result.stdout) == (0, f"mtl-jax {__version__}\n")
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_is_no_error():
     program = (
         "import sys, types\nfrom mtl_jax import cli\n"

@@ -202,6 +202,7 @@ def test_methods_page_has_every_field_of_balance():
     assert ways == list(balance_config.TASK_GRADIENTS)
 
 
+@pytest.mark.slow
 def test_methods_page_names_what_methods_log():
     """The names are those that the methods themselves give for a batch of two tasks."""
     import jax

@@ -133,7 +133,9 @@ def test_outputs_continue_their_prefixes(loaded):
     assert [p + r for p, r in zip(prefixes, rest, strict=True)] == [row[0].text for row in whole]
 
 
-@pytest.mark.parametrize("mesh", [(1, 8, 1), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize(
+    "mesh", [pytest.param((1, 8, 1), marks=pytest.mark.slow), (2, 2, 2)], ids=str
+)
 def test_sharded_models_say_the_same(folder, loaded, mesh):
     sharded = mtl_jax.load(folder, mesh=sharding.MeshConfig(*mesh))
     kernel = sharded.params["decoder"]["layers"]["mlp"]["wo"]["kernel"]

@@ -184,6 +184,7 @@ def test_random_shapes_segments_and_buckets(data):
         check(outputs(flash(impl, *segments, size=size, **static), *args), expected, 1e-4)
 
 
+@pytest.mark.slow
 def test_two_runs_give_equal_bits():
     static = {"causal": False, "bidirectional": True}
     *args, do = inputs(100, 100)

@@ -354,7 +354,10 @@ def trained(cfg):
     return by_name(start), by_name(state.params), metrics
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name == "adafactor" else pytest.mark.slow) for name in RULES],
+)
 def test_frozen_parameters_stay_bit_by_bit(name):
     cfg = configured(name, freeze=["token_embedder/.*", "encoder/layers/.*", "decoder/.*_norm/.*"])
     before, after, metrics = trained(cfg)

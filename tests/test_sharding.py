@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from mtl_jax import model, objective, optim, sharding, step
 from mtl_jax.errors import UserError
@@ -95,7 +96,7 @@ def assert_like_one_device(layout, optimizer, microbatches):
 
 @pytest.mark.parametrize(
     ("layout", "microbatches"),
-    [((1, 8, 1), 2), ((1, 1, 2), 1), ((2, 2, 2), 2)],
+    [pytest.param((1, 8, 1), 2, marks=pytest.mark.slow), ((1, 1, 2), 1), ((2, 2, 2), 2)],
     ids=str,
 )
 def test_adafactor_gives_the_same_losses_in_every_layout(layout, microbatches):
@@ -246,3 +247,48 @@ def test_sizes_that_do_not_divide_are_told_before_compiling(sizes, changes, rows
     mesh = sharding.make_mesh(MeshConfig(*sizes))
     with pytest.raises(UserError, match=words):
         sharding.validate(mesh, golden.config("1.1", **changes), rows, parts)
+
+
+class Chip:
+    """A device of a slice, as far as meshes look at it."""
+
+    platform, device_kind, process_index = "tpu", "a TPU of the tests", 0
+
+    def __init__(self, number, slice_index):
+        self.id, self.slice_index = number, slice_index
+
+
+def test_data_is_split_over_slices_first(monkeypatch):
+    made = []
+
+    def make_mesh(shape, axes, *, axis_types, devices):
+        made.append(shape)
+        return Mesh(np.array(devices).reshape(shape), axes, axis_types=axis_types)
+
+    monkeypatch.setattr(jax, "make_mesh", make_mesh)
+    chips = [Chip(number, number % 2) for number in range(16)]  # in turn, as they need not come
+    mesh = sharding.make_mesh(MeshConfig(data=-1, fsdp=2, tensor=2), chips)
+    assert made == [(2, 2, 2)] * 2
+    assert dict(mesh.shape) == {"data": 4, "fsdp": 2, "tensor": 2}
+    assert [{chip.slice_index for chip in copy.flat} for copy in mesh.devices] == [
+        *({0}, {0}),
+        *({1}, {1}),
+    ]
+    with pytest.raises(
+        UserError, match=r"Mesh\.data = 1 cannot be split over 2 slices.*2, 4, 8"
+    ):
+        sharding.make_mesh(MeshConfig(data=1, fsdp=-1), chips)
+    with pytest.raises(UserError, match=r"Mesh\.slices = 4, but the devices are of 2 slices"):
+        sharding.make_mesh(MeshConfig(slices=4), chips)
+
+
+def test_slices_can_be_told():
+    mesh = sharding.make_mesh(MeshConfig(data=-1, tensor=4, slices=2))
+    assert [[device.id for device in copy.flat] for copy in mesh.devices] == [
+        [0, 1, 2, 3],
+        [4, 5, 6, 7],
+    ]
+    with pytest.raises(UserError, match=r"Mesh\.slices = 3 does not divide 8 devices.*1, 2, 4, 8"):
+        sharding.make_mesh(MeshConfig(slices=3))
+    with pytest.raises(UserError, match=r"Mesh\.slices is positive"):
+        MeshConfig(slices=0)

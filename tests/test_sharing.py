@@ -217,7 +217,7 @@ def test_absent_tasks_get_no_gradient_of_the_soft_penalty():
     np.testing.assert_allclose(value, np.sum((bank - bank.mean(0, keepdims=True)) ** 2), rtol=1e-5)
 
 
-@pytest.mark.parametrize("scan_layers", [True, False])
+@pytest.mark.parametrize("scan_layers", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_cached_decoding_with_adapters_equals_the_parallel_forward(scan_layers):
     cfg = golden.config("1.1", adapter_dim=4, scan_layers=scan_layers)
     rooms = Rooms(adapter=AdapterConfig(dim=4))

@@ -87,6 +87,7 @@ def test_filter_and_nothing_found(capsys):
     assert "Did you mean 'listed_first'" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_without_a_module_what_ships_and_can_be_loaded_is_listed(tmp_path):
     """With a data folder of one's own, and a vocabulary that needs no file."""
     # A process of its own: in this one other tests may have imported those modules already, and an
