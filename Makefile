@@ -17,6 +17,7 @@ PYTHON ?= $(shell for name in $(CANDIDATES); do \
 BIN := .venv/bin
 READY := .venv/ready
 AOT := .venv/aot
+BEAM := .venv/beam
 TORCH := .venv/torch-ready
 # Which lock file fits the interpreter of .venv.
 LOCKED = $$($(BIN)/python -c "import sys; print('py311' if sys.version_info < (3, 12) else 'py312')")
@@ -38,7 +39,7 @@ test: lint ## lint, type check and the quick tests
 	@echo "==> quick tests"
 	@$(PYTEST) -m "$(QUICK)"
 
-test-all: $(TORCH) $(AOT)/ready ## the tests that need time, PyTorch, the data folder (MTL_JAX_DATA) or a GPU
+test-all: $(TORCH) $(AOT)/ready $(BEAM)/ready ## the tests that need time, PyTorch, the data folder (MTL_JAX_DATA) or a GPU
 	@echo "==> the other tests"
 	@$(PYTEST) -m "not ($(QUICK)) and not aot"
 	@echo "==> kernels compiled for devices that are not here"
@@ -91,4 +92,10 @@ $(AOT)/ready: $(READY) requirements/aot-py311.txt requirements/aot-py312.txt
 	@echo "==> installing requirements/aot-$(LOCKED).txt into $(AOT) (compilers, about 1 GB)"
 	@rm -rf $(AOT)
 	@$(BIN)/python -m pip install -qq --no-deps --target $(AOT) -r requirements/aot-$(LOCKED).txt
+	@touch $@
+
+$(BEAM)/ready: $(READY) requirements/beam.txt
+	@echo "==> installing requirements/beam.txt into $(BEAM) (Apache Beam, about 170 MB)"
+	@rm -rf $(BEAM)
+	@$(BIN)/python -m pip install -qq --no-deps --target $(BEAM) -r requirements/beam.txt
 	@touch $@

@@ -44,6 +44,8 @@ EXTRAS = {
         "jax-cuda12-plugin>=0.10.0,!=0.10.2",
         "nvidia-cuda-nvcc-cu12>=12.9",
     ],
+    # SeqIO's caching job. Beam asks for protobuf 6, with which later SentencePieces do not run.
+    "beam": ["apache-beam>=2.77", "google-crc32c>=1.5", "sentencepiece<0.2.3"],
     # What steps and decoding are measured against.
     "benchmark": ["ctranslate2>=4.8", "torch>=2.9", "transformers>=5.17"],
     "cuda": ["jax[cuda12]>=0.10.0"],

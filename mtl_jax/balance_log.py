@@ -12,7 +12,7 @@ import numpy as np
 
 from mtl_jax import report
 from mtl_jax.errors import UserError
-from mtl_jax.storage import storage_errors
+from mtl_jax.storage import append_text, storage_errors
 
 
 class BalanceLog:
@@ -115,7 +115,8 @@ class BalanceLog:
             "noise": _plain(_mean(halves_SKN, np.isfinite(halves_SKN))),
         }
         if self._primary:
-            self._append(json.dumps(row, ensure_ascii=False) + "\n")
+            with storage_errors("write gradients.jsonl", self._path.parent):
+                append_text(self._path, json.dumps(row, ensure_ascii=False) + "\n")
         whole_SNN = gram_SKNN.sum(axis=1)
         diagonal_SN = np.diagonal(whole_SNN, axis1=1, axis2=2)
         pairs_SNN = (diagonal_SN[:, :, None] > 0) & (diagonal_SN[:, None, :] > 0)
@@ -124,11 +125,6 @@ class BalanceLog:
         if pairs_SNN.any():
             line["conflict_rate"] = float(np.mean(whole_SNN[pairs_SNN] < 0))
         return line
-
-    def _append(self, text: str) -> None:
-        writing = storage_errors("write gradients.jsonl", self._path.parent)
-        with writing, self._path.open("a", encoding="utf-8") as file:
-            file.write(text)
 
     def _by_task(self, metric: str, values_N: np.ndarray) -> dict[str, float]:
         pairs = zip(self._names, values_N, strict=True)

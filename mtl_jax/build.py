@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -262,10 +262,9 @@ class Session:
     def eval_tasks(self) -> list[EvalTask]:
         """The tasks of `Eval.tasks` with their examples."""
         cfg = self.config.eval
+        how = cfg.split, cfg.inputs_length, cfg.targets_length, cfg.limit, cfg.seed
         return [
-            data.load_eval_task(
-                name, cfg.split, cfg.inputs_length, cfg.targets_length, cfg.limit, cfg.seed
-            )
+            data.load_eval_task(name, *how, use_cached=cfg.use_cached)
             for name in _eval_names(self.config)
         ]
 
@@ -278,12 +277,15 @@ def _attention(config: "Config", mesh: Mesh) -> str:
     return ", ".join(dict.fromkeys(chosen))
 
 
-def build(config: "Config", *, training: bool = True) -> Session:
+def build(
+    config: "Config", *, training: bool = True, devices: Sequence[Any] | None = None
+) -> Session:
     """Everything but arrays and files: cheap, and every mistake in the values shows here.
 
     Args:
       config: all values.
       training: whether the session will train; how a batch is divided concerns nobody else.
+      devices: of the mesh, those of `targets.devices` included; None: all there are.
 
     Raises:
       UserError: a value that does not fit; nothing has been written yet.
@@ -292,7 +294,7 @@ def build(config: "Config", *, training: bool = True) -> Session:
         raise UserError("Run.directory is empty: say where the run's files go.")
     sharding.configure_jax()
     enable_compile_cache(config.run.directory, enabled=config.run.compile_cache)
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = sharding.make_mesh(config.mesh, devices)
     sharding.validate(mesh, config.model, config.data.batch_size, config.step.microbatches)
     _attention(config, mesh)  # an error where T5.attention asks for a kernel that is not there
     data.load_modules(config.data)

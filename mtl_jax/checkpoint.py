@@ -1,72 +1,46 @@
 """Checkpoints: training state, position in the data and description saved and restored as one unit.
 
 A thin layer over Orbax's `CheckpointManager`. One checkpoint is the folder `checkpoints/STEP` with
-three items: `state` (the pytree of arrays, sharded), `data_state` (JSON) and `meta` (JSON). It gets
-its final name only when all of it is written, so that a killed save leaves no half checkpoint, and
-an older checkpoint is deleted only after a newer one is complete. The newest is never deleted.
+three items: `state` (the pytree of arrays, sharded), `data_state` (JSON) and `meta` (JSON), each
+with checksums of its files, which are compared before anything is read. It gets its final name only
+when all of it is written, so that a killed save leaves no half checkpoint, and an older checkpoint
+is deleted only after a newer one is complete. The newest is never deleted.
 """
 
 import contextlib
-import dataclasses
+import logging
 import math
 import re
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
+from mtl_jax import checksums, processes
+from mtl_jax.checkpoint_config import CheckpointConfig
+from mtl_jax.checkpoint_fit import PARAMS, check, is_param, tensors
 from mtl_jax.errors import UserError, suggest
-from mtl_jax.storage import storage_errors
+from mtl_jax.storage import (
+    RETRY_SECONDS,
+    place_on_disk,
+    refused,
+    said,
+    storage_errors,
+    transient,
+)
+
+__all__ = ["CheckpointConfig", "Checkpointer", "DamagedCheckpoint", "locate"]
 
 _ITEMS = ("state", "data_state", "meta")
-_PARAMS = "params/"
-_NAMES_SHOWN = 5
 _CHUNK_BYTES = 1 << 26
+_log = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass(frozen=True)
-class CheckpointConfig:
-    """When to save and what to keep; a checkpoint stays if any of the `keep` rules wants it.
-
-    Attributes:
-      every: save every so many steps; 0 saves only at the end.
-      keep: how many of the newest stay; at least 1.
-      keep_best: how many of the best by `best_metric` stay; 0 for none.
-      best_metric: name in the `metrics` given to `Checkpointer.save`; needed by `keep_best`.
-      best_mode: "max" if a larger metric is better, "min" if a smaller one is.
-      keep_every: checkpoints whose step is a multiple of this stay for ever; 0 for none.
-      asynchronous: write in the background while training goes on.
-    """
-
-    every: int = 1000
-    keep: int = 3
-    keep_best: int = 0
-    best_metric: str = ""
-    best_mode: str = "max"
-    keep_every: int = 0
-    asynchronous: bool = True
-
-    def __post_init__(self) -> None:
-        if self.keep < 1:
-            raise UserError(
-                f"Checkpoint.keep = {self.keep}: it must be at least 1, for the newest checkpoint "
-                "is never deleted."
-            )
-        for name in ("every", "keep_best", "keep_every"):
-            if getattr(self, name) < 0:
-                raise UserError(f"Checkpoint.{name} = {getattr(self, name)}: it must be 0 or more.")
-        if self.best_mode not in ("max", "min"):
-            raise UserError(
-                f"Checkpoint.best_mode = {self.best_mode!r}: it must be 'max' or 'min'."
-                f"{suggest(self.best_mode, ('max', 'min'))}"
-            )
-        if bool(self.keep_best) != bool(self.best_metric):
-            raise UserError(
-                "Checkpoint.keep_best and Checkpoint.best_metric belong together: set both or "
-                f"neither (now {self.keep_best} and {self.best_metric!r})."
-            )
+class DamagedCheckpoint(UserError):
+    """A checkpoint whose files are not those that were saved, or are not all there."""
 
 
 def locate(path: str | Path) -> tuple[Path, int | None]:
@@ -110,10 +84,23 @@ class Checkpointer:
             raise UserError(f"No checkpoints here: {self.directory} is not a folder.")
         if not read_only and self.directory.exists() and not self.directory.is_dir():
             raise UserError(f"{self.directory} must be a folder for checkpoints, but is a file.")
+        self._checked: set[tuple[int, str]] = set()
+        self._writing: int | None = None  # the step of the save whose end has not been seen
+        self._failures = 0  # in a row
+        self._try_again: float | None = None  # from when on
+        self._place_on_disk: tuple[int, int] | None = None
+        self._open()
+
+    def _open(self) -> None:
         with storage_errors("open the folder of checkpoints", self.directory):
             self._manager = ocp.CheckpointManager(
-                self.directory, options=self._options(), item_handlers=_item_handlers()
+                self.directory, options=self._options(), item_handlers=self._item_handlers()
             )
+            self._place_on_disk = self._place_on_disk or place_on_disk(self.directory)
+
+    def _there(self) -> bool:
+        """Whether the folder is the one that was opened: Orbax would make another in its place."""
+        return place_on_disk(self.directory) == self._place_on_disk
 
     def save(
         self,
@@ -122,8 +109,12 @@ class Checkpointer:
         data_state: Mapping[str, Any],
         meta: Mapping[str, Any],
         metrics: Mapping[str, float] | None = None,
+        *,
+        wait: bool = False,
     ) -> bool:
         """Starts to save one checkpoint; returns as soon as the arrays are copied to the host.
+
+        Where the storage fails for a moment, it waits and tries again.
 
         Args:
           step: number of finished training steps.
@@ -132,14 +123,20 @@ class Checkpointer:
           meta: JSON-able description; holds the model's sizes and the task ids.
           metrics: measured values at this step, by name; `best_metric` is looked up among them.
             None where nothing was measured: such a checkpoint never counts as a best one.
+          wait: return when it is complete.
 
         Returns:
           False if this step is already saved (nothing is done), else True.
 
         Raises:
-          UserError: a newer checkpoint exists, `best_metric` is not among `metrics`, or this or the
-            previous background save could not be written.
+          UserError: a newer checkpoint exists, `best_metric` is not among `metrics`, the folder has
+            vanished, or this or the previous background save could not be written.
         """
+        if not self._there():
+            raise UserError(
+                f"Could not save the checkpoint of step {step}: the folder {self.directory} has "
+                "vanished. Was it moved? The same command continues from what is in its place."
+            )
         steps = self.steps()
         if step in steps:
             return False
@@ -153,11 +150,63 @@ class Checkpointer:
             data_state=ocp.args.JsonSave(dict(data_state)),
             meta=ocp.args.JsonSave(dict(meta)),
         )
-        with storage_errors(f"save the checkpoint of step {step}", self.directory):
-            self._manager.check_for_errors()
-            # `force`, because the decision to save has been made by the caller.
-            self._manager.save(step, args=items, metrics=self._best_metric(metrics), force=True)
-        return True
+        best = self._best_metric(metrics)
+        # A failure of the save before is overtaken by this one.
+        self.lost()
+        while True:
+            with storage_errors(f"save the checkpoint of step {step}", self.directory):
+                try:
+                    # `force`, because the decision to save has been made by the caller.
+                    self._manager.save(step, args=items, metrics=best, force=True)
+                    self._writing, self._try_again = step, None
+                    if wait:
+                        self._settle()
+                    return True
+                except Exception as error:
+                    time.sleep(self._failed(step, error))
+
+    def lost(self) -> bool:
+        """Whether a save failed in the background and is to be repeated now: save the next step.
+
+        Cheap, so that it can be asked after every step; False while the next try has to wait.
+
+        Raises:
+          UserError: it failed for a reason that does not pass, or too often.
+        """
+        step = self._writing
+        if step is not None and not self._manager.is_saving_in_progress():
+            with storage_errors(f"save the checkpoint of step {step}", self.directory):
+                try:
+                    self._settle()
+                except Exception as error:
+                    self._try_again = time.monotonic() + self._failed(step, error)
+        return self._try_again is not None and time.monotonic() >= self._try_again
+
+    def _settle(self) -> None:
+        """Waits for the background save; raises what it failed with."""
+        step, self._writing = self._writing, None
+        self._manager.wait_until_finished()
+        self._manager.check_for_errors()
+        if step is not None:
+            self._failures = 0
+
+    def _failed(self, step: int, error: Exception) -> float:
+        """Seconds to wait before another try; raises `error` where none can help."""
+        self._writing = None
+        # Several processes would have to agree on it: their job ends and is started again.
+        if not transient(error) or processes.several() or self._failures == len(RETRY_SECONDS):
+            raise error
+        seconds = RETRY_SECONDS[self._failures]
+        self._failures += 1
+        _log.warning(
+            "could not save the checkpoint of step %d (%s): trying again in %g s",
+            *(step, _first_line(error), seconds),
+        )
+        # What the failed save has left is removed, and forgotten.
+        with contextlib.suppress(Exception):
+            self._manager.close()
+        self._open()
+        return seconds
 
     def latest(self) -> int | None:
         """Returns the step of the newest complete checkpoint, or None."""
@@ -190,7 +239,7 @@ class Checkpointer:
           RuntimeError: of JAX, unchanged, where the memory does not suffice.
         """
         step = self._existing(step)
-        self._check_tensors(step, _tensors(abstract_state), self._stored(step))
+        check(self._place(step), tensors(abstract_state), self._stored(step))
         return self._read(step, abstract_state)
 
     def restore_parameters(
@@ -210,21 +259,22 @@ class Checkpointer:
           UserError: as `restore`.
         """
         step = self._existing(step)
-        wanted = _tensors({"params": abstract_parameters})
+        wanted = tensors({"params": abstract_parameters})
         stored = self._stored(step)
-        names = [name for name in stored if _is_param(name) and (name in wanted or not some)]
-        self._check_tensors(step, wanted, {name: stored[name] for name in names})
+        names = [name for name in stored if is_param(name) and (name in wanted or not some)]
+        check(self._place(step), wanted, {name: stored[name] for name in names})
         state, _, meta = self._read(step, {"params": abstract_parameters})
         return state["params"], meta
 
     def parameters(self, step: int | None) -> dict[str, Any]:
         """Shapes and dtypes of a checkpoint's parameters by path, without reading any array."""
         stored = self._stored(self._existing(step))
-        return {name.removeprefix(_PARAMS): x for name, x in stored.items() if _is_param(name)}
+        return {name.removeprefix(PARAMS): x for name, x in stored.items() if is_param(name)}
 
     def meta(self, step: int | None = None) -> dict[str, Any]:
         """Returns the meta of a checkpoint (None for the newest) without reading any array."""
         step = self._existing(step)
+        self.verify(step, ("meta",))
         with self._damage_errors(step):
             items = ocp.args.Composite(meta=ocp.args.JsonRestore())
             return dict(self._manager.restore(step, args=items).meta)
@@ -232,8 +282,7 @@ class Checkpointer:
     def wait(self) -> None:
         """Blocks until the background save is complete; raises UserError if it failed."""
         with storage_errors("finish a checkpoint", self.directory):
-            self._manager.wait_until_finished()
-            self._manager.check_for_errors()
+            self._settle()
 
     def close(self) -> None:
         """Completes the background save and frees the threads; raises UserError if it failed."""
@@ -247,6 +296,11 @@ class Checkpointer:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def _item_handlers(self) -> dict[str, Any]:
+        kinds = ocp.PyTreeCheckpointHandler, ocp.JsonCheckpointHandler, ocp.JsonCheckpointHandler
+        made = [checksums.listing(kind(), self._there) for kind in kinds]
+        return dict(zip(_ITEMS, made, strict=True))
 
     def _options(self) -> ocp.CheckpointManagerOptions:
         if self._read_only:
@@ -305,55 +359,14 @@ class Checkpointer:
 
     def _stored(self, step: int) -> dict[str, Any]:
         """Shapes and dtypes on disk by path, without reading any array."""
+        self.verify(step)
         with self._damage_errors(step):
             metadata = self._manager.item_metadata(step).state
             if metadata is None:
                 # Orbax answers so too where the folder may not be read; this raises the reason.
                 list((self.directory / str(step) / _ITEMS[0]).iterdir())
                 raise FileNotFoundError("the description of its tensors is missing")
-            return _tensors(metadata.tree)
-
-    def _check_tensors(self, step: int, wanted: dict[str, Any], stored: dict[str, Any]) -> None:
-        """Compares names, shapes and dtypes with what is on disk, before anything is read."""
-        place = f"The checkpoint of step {step} in {self.directory}"
-        shared = wanted.keys() & stored.keys()
-        differing = [name for name in shared if _describe(wanted[name]) != _describe(stored[name])]
-        missing = sorted(wanted.keys() - stored.keys(), key=_params_first)
-        extra = sorted(stored.keys() - wanted.keys(), key=_params_first)
-        only_params = all(map(_is_param, stored)) and not any(map(_is_param, missing))
-        if missing and only_params and not differing and not extra:
-            raise UserError(
-                f"{place} holds parameters but no optimizer state: start from it in a new run "
-                "directory, by Run.restore_from with Run.restore_optimizer = 'drop'."
-            )
-        problems = []
-        for name in sorted(differing, key=_params_first)[:1]:
-            ours, theirs = _describe(wanted[name]), _describe(stored[name])
-            problems.append(f"tensor {name} is {theirs} in the checkpoint and {ours} in the run")
-        if missing:
-            problems.append(f"the checkpoint lacks {_enumerate(missing)}")
-        if extra:
-            problems.append(f"the run has no place for {_enumerate(extra)}")
-        if not problems:
-            return
-        different = "; ".join(problems)
-        if any(map(_is_param, [*differing, *missing, *extra])):
-            raise UserError(
-                f"{place} does not fit this run's model or optimizer: {different}. Use the "
-                "configuration it was trained with, or another run directory."
-            )
-        if all(name.startswith("balance/") for name in [*differing, *missing, *extra]):
-            raise UserError(
-                f"{place} was trained with another way to share the update: {different}. Give "
-                "Balance.method and Balance.by the values it was trained with, or start from its "
-                "parameters in a new run directory, by Run.restore_from."
-            )
-        raise UserError(
-            f"{place} fits this run's model, but not its optimizer: {different}. Give "
-            "Optimizer.name, Optimizer.freeze and the like the values it was trained with, or "
-            "start from its parameters in a new run directory, by Run.restore_from with "
-            "Run.restore_optimizer = 'drop'."
-        )
+            return tensors(metadata.tree)
 
     def _read(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any], dict[str, Any]]:
         abstract = jax.tree.map(_with_sharding, abstract)
@@ -381,30 +394,68 @@ class Checkpointer:
         # What a damaged file raises depends on where it is hit: JSON, tensorstore or Orbax.
         except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
             # These are no fault of the files: nobody must be led to delete them.
-            if _is_said(error, "RESOURCE_EXHAUSTED"):
+            if said(error, "RESOURCE_EXHAUSTED"):
                 raise
-            if _is_refused(error):
+            if refused(error):
                 with storage_errors(f"read the checkpoint of step {step}", self.directory):
                     raise
             older = [other for other in self.steps() if other < step]
             advice = (
-                f"Delete {self.directory / str(step)} to continue from step {older[-1]}."
+                f"`mtl-jax train` would continue from step {older[-1]}; name "
+                f"{self.directory / str(older[-1])} to read that one."
                 if older
                 else "There is no older checkpoint."
             )
-            raise UserError(
-                f"The checkpoint of step {step} in {self.directory} cannot be read, its files are "
-                f"damaged or incomplete ({_first_line(error)}). {advice}"
+            raise DamagedCheckpoint(
+                f"{self._place(step)} cannot be read, its files are damaged or incomplete "
+                f"({_first_line(error)}). {advice}"
             ) from error
 
+    def _place(self, step: int) -> str:
+        return f"The checkpoint of step {step} in {self.directory}"
 
-def _item_handlers() -> dict[str, Any]:
-    state, data_state, meta = _ITEMS
-    return {
-        state: ocp.PyTreeCheckpointHandler(),
-        data_state: ocp.JsonCheckpointHandler(),
-        meta: ocp.JsonCheckpointHandler(),
-    }
+    def verify(self, step: int, items: Sequence[str] = _ITEMS) -> None:
+        """Compares the files of a checkpoint with their checksums, once.
+
+        In a job of several processes each reads a part of them, and all get the same answer.
+
+        Raises:
+          DamagedCheckpoint: names the file that is not as it was written.
+          UserError: the files may not be read.
+        """
+        new = [item for item in items if (step, item) not in self._checked]
+        folders = [self.directory / str(step) / item for item in new]
+        several = processes.several() and "state" in new  # the others are a few bytes
+        with self._damage_errors(step):
+            part = (jax.process_index(), jax.process_count()) if several else (0, 1)
+            found = checksums.problem(folders, *part)
+            problems = processes.gather(found) if several else [found]
+            for problem in filter(None, problems):
+                raise ValueError(problem)
+        self._checked.update((step, item) for item in new)
+
+    def set_aside(self, steps: Sequence[int]) -> Path:
+        """Moves checkpoints out of the way of later ones; nothing is deleted.
+
+        Returns:
+          Where they are: the folder `checkpoints.set_aside` beside that of the checkpoints.
+
+        Raises:
+          UserError: the storage refuses.
+        """
+        self.wait()
+        aside = self.directory.with_name(f"{self.directory.name}.set_aside")
+        if processes.primary():
+            with storage_errors("set checkpoints aside", aside):
+                aside.mkdir(exist_ok=True)
+                # The newest first: a kill in between leaves a row of checkpoints without a gap.
+                for step in sorted(steps, reverse=True):
+                    names = [str(step), *(f"{step}.{number}" for number in range(2, 1000))]
+                    free = next(name for name in names if not (aside / name).exists())
+                    (self.directory / str(step)).rename(aside / free)
+        processes.gather(None)  # nobody looks before they are gone
+        self._manager.reload()
+        return aside
 
 
 def _save_args(leaf: Any) -> ocp.SaveArgs:
@@ -412,56 +463,9 @@ def _save_args(leaf: Any) -> ocp.SaveArgs:
     return ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,) if leaf.ndim else ())
 
 
-def _is_param(name: str) -> bool:
-    return name.startswith(_PARAMS)
-
-
-def _params_first(name: str) -> tuple[bool, str]:
-    return not _is_param(name), name
-
-
-def _tensors(tree: Any) -> dict[str, Any]:
-    """Returns the leaves by path, such as `params/encoder/mlp/wi_0/kernel`.
-
-    Dataclasses, named tuples and lists come back from disk as dicts and lists; only the names of
-    their entries are compared.
-    """
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-
-
-def _describe(leaf: Any) -> str:
-    shape = "x".join(str(size) for size in getattr(leaf, "shape", ())) or "scalar"
-    return f"{shape} {jax.numpy.dtype(leaf.dtype).name}"
-
-
 def _with_sharding(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _enumerate(names: list[str]) -> str:
-    shown = ", ".join(names[:_NAMES_SHOWN])
-    more = len(names) - _NAMES_SHOWN
-    return f"{shown} and {more} more" if more > 0 else shown
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    cause: BaseException | None = error
-    while cause is not None:
-        yield cause
-        cause = cause.__cause__ or cause.__context__
-
-
-def _is_said(error: BaseException, status: str) -> bool:
-    """Whether the error or a cause of it names a status of XLA or tensorstore in its text."""
-    return any(status in str(cause) for cause in _causes(error))
-
-
-def _is_refused(error: BaseException) -> bool:
-    return any(isinstance(cause, PermissionError) for cause in _causes(error)) or _is_said(
-        error, "PERMISSION_DENIED"
-    )
 
 
 def _first_line(error: BaseException) -> str:

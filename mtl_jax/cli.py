@@ -2,8 +2,8 @@
 
 Only the standard library is imported here; each command's modules are imported when it runs, so
 that help and usage errors come at once. Exit status: 0 success, 1 a user's mistake (one line on
-stderr), 2 a malformed command line, 75 told to stop, saved and to be continued by the same command,
-130 interrupted.
+stderr), 2 a malformed command line (and `precompile`: it does not fit), 75 told to stop, saved and
+to be continued by the same command, 130 interrupted.
 """
 
 import argparse
@@ -250,13 +250,13 @@ def _sweep_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _task_flags(parser: argparse.ArgumentParser) -> None:
-    importlib.import_module("mtl_jax.tasks_main").add_arguments(parser)
+def _flags_of_module(module: str, *, config: bool) -> Callable[[argparse.ArgumentParser], None]:
+    def add(parser: argparse.ArgumentParser) -> None:
+        if config:
+            add_config_flags(parser)
+        importlib.import_module(module).add_arguments(parser)
 
-
-def _decontaminate_flags(parser: argparse.ArgumentParser) -> None:
-    add_config_flags(parser)
-    importlib.import_module("mtl_jax.decontaminate").add_arguments(parser)
+    return add
 
 
 @dataclasses.dataclass(frozen=True)
@@ -287,6 +287,14 @@ COMMANDS = {
         "mtl_jax.train",
         "evaluate_main",
         "mtl-jax eval --gin_file=runs/quickstart/config.gin --gin.Eval.split=test",
+        reads_data=True,
+    ),
+    "precompile": Command(
+        "compile a run for TPUs or GPUs that are not here: does it fit?",
+        _flags_of_module("mtl_jax.precompile_config", config=True),
+        "mtl_jax.precompile",
+        "main",
+        "mtl-jax precompile --gin_file=gin/runs/xl_v5e_64.gin --topology=v5e:8x8",
         reads_data=True,
     ),
     "compare": Command(
@@ -325,7 +333,7 @@ COMMANDS = {
     ),
     "tasks": Command(
         "list the registered tasks, or show examples of one",
-        _task_flags,
+        _flags_of_module("mtl_jax.tasks_main", config=False),
         "mtl_jax.tasks_main",
         "main",
         "mtl-jax tasks\n  mtl-jax tasks show NAME",
@@ -333,7 +341,7 @@ COMMANDS = {
     ),
     "decontaminate": Command(
         "find evaluation examples in the training mixture, and list what not to train on",
-        _decontaminate_flags,
+        _flags_of_module("mtl_jax.decontaminate", config=True),
         "mtl_jax.decontaminate",
         "main",
         "mtl-jax decontaminate --gin_file=gin/mixtures/p3.gin --against 'super_glue_*' \\\n"

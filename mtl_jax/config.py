@@ -31,9 +31,10 @@ if TYPE_CHECKING:
 
     from mtl_jax.balance.balance_config import BalanceConfig
     from mtl_jax.balance.method import Method
-    from mtl_jax.checkpoint import CheckpointConfig
+    from mtl_jax.checkpoint_config import CheckpointConfig
     from mtl_jax.data_config import DataConfig, MixtureConfig
     from mtl_jax.eval_task import EvalConfig
+    from mtl_jax.guard_config import GuardConfig
     from mtl_jax.model_config import T5Config
     from mtl_jax.objective import StepConfig
     from mtl_jax.optim import OptimizerConfig
@@ -57,8 +58,9 @@ ROOMS = {
     "Prompt": ("prompt", "mtl_jax.sharing.sharing_config", "PromptConfig"),
     "Experts": ("experts", "mtl_jax.sharing.sharing_config", "ExpertsConfig"),
     "Adversary": ("adversary", "mtl_jax.sharing.sharing_config", "AdversaryConfig"),
+    "Guard": ("guard", "mtl_jax.guard_config", "GuardConfig"),
     "Run": ("run", "mtl_jax.run_config", "RunConfig"),
-    "Checkpoint": ("checkpoint", "mtl_jax.checkpoint", "CheckpointConfig"),
+    "Checkpoint": ("checkpoint", "mtl_jax.checkpoint_config", "CheckpointConfig"),
     "Eval": ("eval", "mtl_jax.eval_task", "EvalConfig"),
 }
 
@@ -86,6 +88,7 @@ class Config:
     prompt: "sharing_config.PromptConfig"
     experts: "sharing_config.ExpertsConfig"
     adversary: "sharing_config.AdversaryConfig"
+    guard: "GuardConfig"
     run: "RunConfig"
     checkpoint: "CheckpointConfig"
     eval: "EvalConfig"

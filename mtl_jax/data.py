@@ -55,6 +55,7 @@ from mtl_jax.packing import (
 )
 from mtl_jax.reading import TaskReader
 from mtl_jax.shards import Shard, Snapshot
+from mtl_jax.sources import FileRowsDataSource
 
 __all__ = [
     "Batch",
@@ -324,10 +325,19 @@ class TrainStream:
     def counters_by_task(self, batch: Batch) -> dict[str, dict[str, int]]:
         """Returns the counters of `batch`, of all processes, by task and by name.
 
-        Every process must ask. Names: `packing.COUNTERS`.
+        Every process must ask. Names: `packing.COUNTERS`, and "corrupt" where rows of the task's
+        files were left out (`Data.max_corrupt`).
         """
         rows = zip(self.tasks, whole_counters(batch).tolist(), strict=True)
-        return {name: dict(zip(COUNTERS, row, strict=True)) for name, row in rows}
+        counters = {name: dict(zip(COUNTERS, row, strict=True)) for name, row in rows}
+        for name, reader in zip(self.tasks, self._readers, strict=True):
+            source = reader.task.source
+            if isinstance(source, FileRowsDataSource) and (left_out := self._corrupt(source)):
+                counters[name]["corrupt"] = left_out
+        return counters
+
+    def _corrupt(self, source: FileRowsDataSource) -> int:
+        return source.corrupt(self.config.split) if self.config.max_corrupt else 0
 
     def close(self) -> None:
         """Ends the background thread and drops the batches made ahead; `restore` to go on."""

@@ -28,13 +28,18 @@ class DataConfig:
         num_shards: virtual shards; 0 means the number of processes. The global batch depends on
             the number of shards, not on the number of processes that read them.
         prefetch: batches made ahead by a background thread; 0 makes them on demand.
-        use_cached: read SeqIO's offline cache where a task has one.
+        use_cached: train on SeqIO's offline caches; a task whose cache is missing is refused, one
+            that cannot have a cache is read as ever.
+        cache_dirs: folders of caches, sought in this order (also for Eval.use_cached).
         lookahead: examples, for every row of a shard, that may wait for a row they fit in.
         blocks: blocks of rows in a batch, each of one task, which are the step's microbatches; 0:
             rows of several tasks, or as many blocks as Balance and Sharing need. The rates stay
             those of examples.
         exclude: a file of `mtl-jax decontaminate --remove`: its examples are not trained on. The
             rates stay as they are; a task that loses all of its examples is left out.
+        max_corrupt: rows of `split` that each source of files (`mtl_jax.sources`) may leave out
+            because they cannot be read, each with a warning and counted in data.json; 0: the first
+            one ends the run.
     """
 
     mixture: str = ""
@@ -50,15 +55,18 @@ class DataConfig:
     num_shards: int = 0
     prefetch: int = 2
     use_cached: bool = False
+    cache_dirs: Sequence[str] = ()
     lookahead: int = 4
     blocks: int = 0
     exclude: str = ""
+    max_corrupt: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "task_modules", _names("Data.task_modules", self.task_modules))
+        for field in ("task_modules", "cache_dirs"):
+            object.__setattr__(self, field, _names(f"Data.{field}", getattr(self, field)))
         for least, fields in (
             (1, ("inputs_length", "targets_length", "batch_size")),
-            (0, ("num_shards", "prefetch", "lookahead", "blocks")),
+            (0, ("num_shards", "prefetch", "lookahead", "blocks", "max_corrupt")),
         ):
             for field in fields:
                 if getattr(self, field) < least:

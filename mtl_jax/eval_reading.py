@@ -26,6 +26,7 @@ def load_eval_task(
     seed: int = 0,
     *,
     whole: bool = False,
+    use_cached: bool = False,
 ) -> EvalTask:
     """Reads a task for evaluation: all examples in order, or a drawn subset of `limit`.
 
@@ -40,20 +41,21 @@ def load_eval_task(
         limit: examples at most; None or 0: all.
         seed: of the subset.
         whole: cut nothing, for those who cut in ways of their own; tokens are then int32 arrays.
+        use_cached: read SeqIO's offline cache, in the order of the split where the cache knows it.
 
     Raises:
-        UserError: unknown task or split, or a split without examples.
+        UserError: unknown task or split, a split without examples, or a task without its cache.
     """
     task = provider(name)
     if isinstance(task, seqio.Mixture):
         raise UserError(f"{name!r} is a mixture; evaluation takes its tasks one by one.")
     check_split(task, split)
     lengths = {"inputs": inputs_length, "targets": targets_length}
-    reader = TaskReader(task, lengths)
-    read = list(reader.examples(Epoch(split, shuffle=False, seed=seed)))
+    reader = TaskReader(task, lengths, use_cached)
+    read = list(reader.numbered(Epoch(split, shuffle=False, seed=seed)))
     if not read:
         raise UserError(f"Task {name!r}: its split {split!r} gives no examples.")
-    found = list(zip(_row_numbers(task.source, split, len(read)), read, strict=True))
+    found = _in_order(reader, split, read)
     if limit and limit < len(found):
         chosen = np.random.default_rng(seed).choice(len(found), limit, replace=False)
         found = [found[i] for i in sorted(chosen)]
@@ -80,6 +82,19 @@ def load_eval_task(
         eos_after_trim=reader.eos_after_trim("inputs") is not None,
         skipped=source.skipped(split) if isinstance(source, RowsDataSource) else None,
     )
+
+
+def _in_order(
+    reader: TaskReader, split: str, read: Sequence[tuple[int | None, dict[str, Any]]]
+) -> list[tuple[int, dict[str, Any]]]:
+    """The examples in the order of the split, each with its row's number where that is known."""
+    examples = [example for _, example in read]
+    if not reader.cached:
+        numbers = _row_numbers(reader.task.source, split, len(read))
+        return list(zip(numbers, examples, strict=True))
+    known = {number: example for number, example in read if number is not None}
+    # Numbers that come twice are of a preprocessor that makes several examples of a row.
+    return sorted(known.items()) if len(known) == len(read) else list(enumerate(examples))
 
 
 def _row_numbers(source: seqio.DataSource, split: str, count: int) -> Sequence[int]:

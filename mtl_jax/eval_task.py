@@ -27,6 +27,8 @@ class EvalConfig:
       targets_length: longer targets and choices are cut (and counted).
       every: steps of training between evaluations; 0: only at the end.
       seed: of the subset.
+      use_cached: read SeqIO's offline caches (Data.cache_dirs); a task whose cache is missing is
+        refused, one that cannot have a cache is read as ever.
       max_shapes: batch shapes at most, for each of scoring and generating; fewer compile faster,
         more pad less.
     """
@@ -41,6 +43,7 @@ class EvalConfig:
     every: int = 0
     seed: int = 0
     max_shapes: int = 8
+    use_cached: bool = False
 
     def __post_init__(self) -> None:
         least = {"limit": 0, "every": 0, "seed": 0}

@@ -128,6 +128,35 @@ class Engine:
             yield batch, [_answer(request, result, i) for i, request in enumerate(batch.requests)]
         self._mine = None
 
+    def lowered(
+        self, params: Params, batch: buckets.Batch, num_choices: int, place: Any
+    ) -> jax.stages.Lowered:
+        """The program that `answers` runs for a batch of this shape, traced from shapes alone.
+
+        Args:
+          params: of a plain T5, as shapes with shardings.
+          batch: of which only the shape matters; without choices it generates.
+          num_choices: as in `answers`.
+          place: the sharding of the batch.
+        """
+        arrays = {
+            name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place)
+            for name, array in _laid_out(batch)[1].items()
+        }
+        first = batch.requests[0]
+        with self._placement.context():
+            if first.choices:
+                return self._score.lower(params, arrays, num_choices=num_choices)
+            return self._generate.lower(params, arrays, max_length=first.max_length)
+
+    def lowered_plain(self, params: Params) -> jax.stages.Lowered | None:
+        """The program that makes a task's plain T5 of the plan's parameters; None: they are one."""
+        if self._sharing is None:
+            return None
+        task = jax.ShapeDtypeStruct((), np.int32)
+        with self._placement.context():
+            return self._plain.lower(params, task)
+
     def _params_of(self, params: Params, task: int) -> Params:
         """The parameters of the plain T5 of a task."""
         if self._sharing is None:
@@ -265,6 +294,11 @@ class Evaluator:
                 f"{self._row_multiple} devices that share the rows of a batch."
             )
         self._engine = Engine(model_config, placement, plan)
+
+    @property
+    def engine(self) -> Engine:
+        """What asks the model."""
+        return self._engine
 
     @property
     def compiled_shapes(self) -> int:

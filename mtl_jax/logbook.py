@@ -12,6 +12,7 @@ from mtl_jax import config, data, flops, processes, report
 from mtl_jax.balance.method import GRAM
 from mtl_jax.balance_log import BalanceLog
 from mtl_jax.errors import UserError
+from mtl_jax.guard import Guard
 
 if TYPE_CHECKING:
     from mtl_jax.build import Session
@@ -25,7 +26,12 @@ class Logbook:
     """
 
     def __init__(
-        self, session: "Session", task_ids: Mapping[str, int], ledger: report.Ledger, first: int
+        self,
+        session: "Session",
+        task_ids: Mapping[str, int],
+        ledger: report.Ledger,
+        first: int,
+        guard: Guard,
     ):
         """Opens the files.
 
@@ -34,8 +40,10 @@ class Logbook:
           task_ids: name -> index in the per-task vectors.
           ledger: waiting for the device is booked there as "step".
           first: the step that the run continues from.
+          guard: judges the loss of every step.
         """
         cfg = session.config
+        self._guard = guard
         self.step = first
         self._run, self._ledger, self._every = session.run, ledger, cfg.run.log_every
         self._names = {index: name for name, index in task_ids.items()}
@@ -85,7 +93,8 @@ class Logbook:
         """Reads the newest step too; waits for the device.
 
         Raises:
-          UserError: a loss that is not finite.
+          UserError: a bad loss, where the run shall stop.
+          RollBack: a bad loss, where it shall go back.
         """
         if self._newest is not None:
             newest, self._newest = self._newest, None
@@ -100,10 +109,12 @@ class Logbook:
                 f"A microbatch of step {number} holds tasks with different parameters (Sharing, "
                 "Lora, ...): leave Data.blocks and Step.microbatches to the run."
             )
-        if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
-            raise UserError(self._not_finite(number, values))
+        good = self._guard.judge(number, values, batch, self._not_finite(number, values))
         if not values.get("gradients_seen", True):  # zeros of the size of all pairs of tasks
             del values["gram"], values["split_half_cosine"]
+        if not good:  # nothing was learned from it
+            for name in ("task_loss_sum", "task_tokens", "task_correct"):
+                values[name] = np.zeros_like(values[name])
         self._fetched.append((number, values))
         self._padding.append(batch.padding)
         self._batch = batch
@@ -116,6 +127,9 @@ class Logbook:
         return seconds.get("eval", 0.0) + seconds.get("checkpoint", 0.0)
 
     def _not_finite(self, number: int, values: Mapping[str, Any]) -> str:
+        """What is not finite at a step; "": nothing."""
+        if math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"]):
+            return ""
         bad = [
             self._names.get(int(i), "padding")
             for i in np.flatnonzero(~np.isfinite(values["task_loss_sum"]))
@@ -124,10 +138,7 @@ class Logbook:
         where = f", from task {', '.join(bad)}" if bad else ""
         if math.isfinite(values["loss"]):
             what = f"The gradient at step {number} is not finite (norm {values['grad_norm']})"
-        return (
-            f"{what}{where}. The run stops; earlier checkpoints are untouched. Look at that task's "
-            "data, or lower Optimizer.learning_rate, or set Optimizer.clip_norm."
-        )
+        return f"{what}{where}"
 
     def _write(self) -> None:
         """One line of metrics over the steps since the last one."""
@@ -146,10 +157,11 @@ class Logbook:
         real = self._encoder_positions * (1 - encoder_padding)
         real += self._decoder_positions * (1 - decoder_padding)
         speed = len(rows) * real / seconds
+        used = [row for row in rows if not row.get("skipped", False)]
         line = {
-            "loss": float(sums["task_loss_sum"].sum()) / tokens,
-            "accuracy": float(sums["task_correct"].sum()) / tokens,
-            "z_loss": float(np.mean([row["z_loss"] for row in rows])),
+            "loss": float(sums["task_loss_sum"].sum()) / tokens if used else math.nan,
+            "accuracy": float(sums["task_correct"].sum()) / tokens if used else math.nan,
+            "z_loss": float(np.mean([row["z_loss"] for row in used])) if used else math.nan,
             "grad_norm": float(rows[-1]["grad_norm"]),
             "learning_rate": float(rows[-1]["learning_rate"]),
             "target_tokens": tokens,
@@ -168,6 +180,7 @@ class Logbook:
             line[report.task_metric("loss", name)] = sums["task_loss_sum"][index] / count
             line[report.task_metric("accuracy", name)] = sums["task_correct"][index] / count
             line[report.task_metric("tokens", name)] = count
+        line |= {"skipped_updates": self._guard.skips} if self._guard.skips else {}
         line |= {
             name: float(np.mean([row[name] for row in rows]))
             for name in rows[-1]

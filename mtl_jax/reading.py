@@ -19,14 +19,17 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
+from mtl_jax import caching
 from mtl_jax.errors import UserError
 from mtl_jax.overlap import fingerprint
 from mtl_jax.vocabulary import TokenizerVocabulary
 
 SIDES = ("inputs", "targets")
+_TEXT = "inputs_pretokenized"
 _NOTHING = np.zeros(0, np.int32)
 _CHUNK = 16  # elements that cross from TensorFlow to Python together
 _SHORT_BUFFER = 64  # shuffle buffer where the source already permutes the whole split
+_CACHE_BUFFER = 1000  # SeqIO's: of a cache only the files are permuted
 _AFTER_TRIM = seqio.preprocessors.append_eos_after_trim
 _EOS_STEPS = (seqio.preprocessors.append_eos, _AFTER_TRIM)
 _PLAIN_VOCABULARIES = (
@@ -62,11 +65,11 @@ class TaskReader:
         Args:
             task: yields 1-D integer `inputs` and `targets`.
             lengths: given to preprocessors that ask for `sequence_length`.
-            use_cached: read SeqIO's offline cache if the task supports one.
+            use_cached: read SeqIO's offline cache; a task that cannot have one is read as ever.
             excluded: fingerprints of inputs (`overlap.fingerprint`) that `tokens` gives no tokens.
 
         Raises:
-            UserError: the task has not the two sides an encoder-decoder needs.
+            UserError: the task has not the two sides an encoder-decoder needs, or no cache.
         """
         missing = [side for side in SIDES if side not in task.output_features]
         if missing:
@@ -77,12 +80,13 @@ class TaskReader:
         self.task = task
         self._excluded = frozenset(excluded)
         self._lengths = {side: lengths[side] for side in SIDES}
-        self._as_seqio = (use_cached and task.supports_caching) or type(task) is not seqio.Task
-        steps = [
-            step
-            for step in task.preprocessors
-            if self._as_seqio or not isinstance(step, seqio.CacheDatasetPlaceholder)
-        ]
+        self.cached = use_cached and caching.check(task)
+        self._as_seqio = type(task) is not seqio.Task
+        steps = (
+            caching.steps_after(task.preprocessors)
+            if self.cached
+            else [step for step in task.preprocessors if not caching.is_ours(step)]
+        )
         self._after_trim = _AFTER_TRIM in steps
         self._steps: list[Any] = steps
         self._encoders: dict[str, Callable[[Any], np.ndarray]] = {}
@@ -92,7 +96,8 @@ class TaskReader:
     @property
     def without_tensorflow(self) -> bool:
         """Whether the task is read in Python alone, which is quick to open."""
-        return bool(self._encoders) and not self._steps and hasattr(self.task.source, "examples")
+        in_python = bool(self._encoders) and not self._steps and not self.cached
+        return in_python and hasattr(self.task.source, "examples")
 
     def eos_after_trim(self, side: str) -> int | None:
         """Returns the EOS that ends a side even after trimming, None where trimming cuts it off."""
@@ -129,25 +134,30 @@ class TaskReader:
         """
         inputs_of, targets_of = (self._encoders.get(side, _as_int32) for side in SIDES)
         for example in self._examples(epoch, whole=False):
-            if self._excluded and fingerprint(example["inputs"]) in self._excluded:
+            if self._excluded and _fingerprint(example) in self._excluded:
                 yield _NOTHING, _NOTHING
                 continue
             yield inputs_of(example["inputs"]), targets_of(example["targets"])
 
     def examples(self, epoch: Epoch) -> Iterator[dict[str, Any]]:
         """Yields examples with all their fields; texts are str, `*_pretokenized` are kept."""
+        return (example for _, example in self.numbered(epoch))
+
+    def numbered(self, epoch: Epoch) -> Iterator[tuple[int | None, dict[str, Any]]]:
+        """Yields the number of the row, where a cache has it, and the example with all fields."""
         for example in self._examples(epoch, whole=True):
             example = {name: _python(value) for name, value in example.items()}
+            number = example.pop(caching.ROW, None)
             for side, encoder in self._encoders.items():
                 example[f"{side}_pretokenized"] = example[side]
                 example[side] = encoder(example[side])
-            yield example
+            yield number if self.cached else None, example
 
     def texts(self, epoch: Epoch) -> Iterator[tuple[str, str, str]]:
         """Yields `(inputs, targets, fingerprint of the inputs)` of all examples, as texts."""
         for example in self._examples(epoch, whole=False):
             inputs, targets = (self._text(side, example[side]) for side in SIDES)
-            yield inputs, targets, fingerprint(example["inputs"])
+            yield inputs, targets, _fingerprint(example)
 
     def _text(self, side: str, value: Any) -> str:
         if isinstance(value, str | bytes):
@@ -172,9 +182,15 @@ class TaskReader:
                 )
         dataset = dataset.skip(epoch.start) if epoch.start else dataset
         try:
-            yield from dataset.as_numpy_iterator() if whole else _chunks(dataset)
+            yield from (
+                dataset.as_numpy_iterator() if whole else _chunks(dataset, self._crossing(dataset))
+            )
         except tf.errors.OpError as error:
             raise _understood(error, self.task.name) from error
+
+    def _crossing(self, dataset: tf.data.Dataset) -> tuple[str, ...]:
+        """The fields that are read for training: the sides and, of cached tokens, their text."""
+        return SIDES + (_TEXT,) * (self.cached and _TEXT in dataset.element_spec)
 
     def _dataset(self, epoch: Epoch) -> tf.data.Dataset:
         """The task's dataset up to the tokenizer: what `seqio.Task.get_dataset` does."""
@@ -183,7 +199,7 @@ class TaskReader:
             dataset = task.get_dataset(
                 sequence_length=self._lengths,
                 split=epoch.split,
-                use_cached=task.supports_caching,
+                use_cached=self.cached,
                 shuffle=epoch.shuffle,
                 seed=epoch.seed,
                 shard_info=epoch.shard_info,
@@ -192,7 +208,8 @@ class TaskReader:
                 try_in_mem_cache=False,
             )
             return dataset.with_options(_options())
-        dataset = _source_dataset(task.source, epoch)
+        source = caching.source(task, epoch.split) if self.cached else task.source
+        dataset = _source_dataset(source, epoch)
         with seqio.map_seed_manager(epoch.seed):
             for step in self._steps:
                 # append_eos_after_trim would trim before anybody could count it.
@@ -200,9 +217,9 @@ class TaskReader:
                 dataset = seqio.add_kwargs_to_transform(
                     step, sequence_length=lengths, output_features=task.output_features
                 )(dataset)
-        buffer = task.shuffle_buffer_size
+        buffer = task.shuffle_buffer_size or (_CACHE_BUFFER if self.cached else None)
         if epoch.shuffle and buffer:
-            if getattr(task.source, "permutes_whole_split", False):
+            if getattr(source, "permutes_whole_split", False):
                 buffer = min(buffer, _SHORT_BUFFER)
             dataset = dataset.shuffle(buffer, seed=epoch.seed)
         return dataset.with_options(_options())
@@ -215,6 +232,11 @@ def encode(text: str | bytes, feature: seqio.Feature, eos: bool) -> np.ndarray:
     if eos and feature.add_eos:
         tokens = [*tokens, vocabulary.eos_id]
     return np.array(tokens, np.int32)
+
+
+def _fingerprint(example: Mapping[str, Any]) -> str:
+    """Of the inputs before they were tokenized, also where a cache has them as tokens."""
+    return fingerprint(example.get(_TEXT, example["inputs"]))
 
 
 def _as_int32(tokens: Any) -> np.ndarray:
@@ -258,13 +280,13 @@ def _source_dataset(source: Any, epoch: Epoch) -> tf.data.Dataset:
     return source.get_dataset(**arguments).shard(shard.num_shards, shard.index)
 
 
-def _chunks(dataset: tf.data.Dataset) -> Iterator[Mapping[str, Any]]:
-    """Yields the two sides; several elements cross at once, for one crossing costs 0.2 ms."""
+def _chunks(dataset: tf.data.Dataset, names: Sequence[str]) -> Iterator[Mapping[str, Any]]:
+    """Yields these fields; several elements cross at once, for one crossing costs 0.2 ms."""
     specs = dataset.element_spec
     if any(not isinstance(s, tf.TensorSpec) or s.shape.rank is None for s in specs.values()):
-        dataset = dataset.map(lambda example: {side: example[side] for side in SIDES})
+        dataset = dataset.map(lambda example: {name: example[name] for name in names})
         specs = dataset.element_spec
-    numeric = [name for name in SIDES if specs[name].dtype != tf.string]
+    numeric = [name for name in names if specs[name].dtype != tf.string]
     # No token is -1, so the padding of the chunk can be told from tokens, 0 included.
     fill = {
         name: ""
@@ -275,9 +297,9 @@ def _chunks(dataset: tf.data.Dataset) -> Iterator[Mapping[str, Any]]:
         for name, spec in specs.items()
     }
     for chunk in dataset.padded_batch(_CHUNK, padding_values=fill).with_options(_options()):
-        columns = [chunk[side].numpy() for side in SIDES]
-        for pair in zip(*columns, strict=True):
-            example = dict(zip(SIDES, pair, strict=True))
+        columns = [chunk[name].numpy() for name in names]
+        for values in zip(*columns, strict=True):
+            example = dict(zip(names, values, strict=True))
             for name in numeric:
                 example[name] = example[name][example[name] >= 0]
             yield example

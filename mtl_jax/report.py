@@ -20,7 +20,7 @@ from typing import Any, TextIO
 from mtl_jax import processes
 from mtl_jax.errors import UserError
 from mtl_jax.run_directory import RunDirectory
-from mtl_jax.storage import read_jsonl, storage_errors, truncate_jsonl
+from mtl_jax.storage import append_text, read_jsonl, storage_errors, truncate_jsonl
 from mtl_jax.tables import format_seconds, results_table
 
 __all__ = [
@@ -65,7 +65,7 @@ class MetricsWriter:
         Raises:
           UserError: TensorBoard is wanted but not installed, or the files cannot be written.
         """
-        self._file: TextIO | None = None
+        self._open = primary
         self._events: Any = None
         self._path = Path(run_directory) / "metrics.jsonl"
         if not primary:
@@ -74,7 +74,7 @@ class MetricsWriter:
         summary_writer = _tensorboard_writer() if tensorboard else None
         truncate_jsonl(self._path, resume_step)
         with storage_errors("write metrics.jsonl", self._path.parent):
-            self._file = self._path.open("a", encoding="utf-8", buffering=1)
+            append_text(self._path, "")
             if summary_writer is not None:
                 self._events = summary_writer(
                     str(self._path.parent / "tensorboard"), purge_step=resume_step + 1
@@ -86,14 +86,15 @@ class MetricsWriter:
         Raises:
           UserError: no space left.
         """
-        if self._file is None:
+        if not self._open:
             return
         row: dict[str, Any] = {"step": int(step), "time": round(time.time(), 3)}
         for name, value in values.items():
             number = float(value)
             row[name] = number if math.isfinite(number) else None
         with storage_errors("write metrics.jsonl", self._path.parent):
-            self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            # By its path, so that a run whose folder has vanished stops here.
+            append_text(self._path, json.dumps(row, ensure_ascii=False) + "\n")
             if self._events is not None:
                 for name, value in values.items():
                     self._events.add_scalar(name, float(value), int(step))
@@ -101,9 +102,7 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Closes the files."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        self._open = False
         if self._events is not None:
             self._events.close()
             self._events = None

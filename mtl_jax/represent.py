@@ -66,6 +66,7 @@ def _texts(cfg: config.Config, examples: int) -> dict[str, list[str]]:
                 cfg.eval.targets_length,
                 limit=-(-examples // len(names)),
                 seed=cfg.eval.seed,
+                use_cached=cfg.eval.use_cached,
             )
             texts.setdefault(dataset, []).extend(e.inputs_text for e in task.examples)
         texts[dataset] = texts[dataset][:examples]

@@ -13,7 +13,7 @@ import numpy as np
 from mtl_jax import metrics
 from mtl_jax.errors import UserError
 from mtl_jax.eval_task import EvalExample, EvalTask
-from mtl_jax.storage import replace_text, storage_errors
+from mtl_jax.storage import append_text, replace_text, storage_errors
 
 logger = logging.getLogger(__name__)
 
@@ -249,4 +249,4 @@ def append_results(run_dir: Path, rows: Iterable[Row]) -> None:
             file.seek(0)
             content = file.read()
             file.truncate(content.rfind(b"\n") + 1)
-            file.write(_lines(rows).encode())
+        append_text(run_dir / "results.jsonl", _lines(rows))

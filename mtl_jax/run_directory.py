@@ -9,9 +9,12 @@ mixture.txt       the tasks with their examples, rates, shares and expected epoc
 mixture.json      the same as a list of rows, for programs
 tasks.json        the id of every task, frozen by name
 metrics.jsonl     one line per log step (and TensorBoard events)
+events.jsonl      what went wrong and what was done about it, if anything
 results.jsonl     one line per task, metric and evaluated step
 predictions/      one JSONL file per evaluated task
-checkpoints/      one folder per saved step
+checkpoints/      one folder per saved step; what is damaged or was left behind by going back is
+                  moved to checkpoints.set_aside/
+lock              who trains here now (`run_lock.py`)
 ledger.json       where the time went
 report.html       all of it on one page
 """
@@ -35,7 +38,7 @@ import jax
 import numpy as np
 
 from mtl_jax.errors import UserError
-from mtl_jax.storage import replace_bytes, storage_errors
+from mtl_jax.storage import append_text, replace_bytes, storage_errors
 from mtl_jax.task_info import TaskInfo, info
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "seqio", "mtl_jax")
@@ -101,7 +104,7 @@ class RunDirectory:
         with storage_errors("make the run directory", self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             names = {entry.name for entry in self.path.iterdir()}
-        if names and not names.intersection((*_MARKERS, "checkpoints")):
+        if names and not names.intersection((*_MARKERS, "checkpoints", "lock")):
             raise UserError(
                 f"{self.path} is not empty and holds no run (for example {min(names)}). Choose "
                 "another Run.directory."
@@ -137,6 +140,16 @@ class RunDirectory:
     def write_json(self, name: str, value: Any) -> Path:
         """Replaces the JSON file `name` by `value`; see `write_text`."""
         return self.write_text(name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+    def append_json(self, name: str, row: Any) -> None:
+        """Appends a line to the JSONL file `name`.
+
+        Raises:
+          UserError: no permission or no space, or the folder has vanished.
+        """
+        if self.primary:
+            with storage_errors(f"write {name}", self.path):
+                append_text(self.path / name, json.dumps(row, ensure_ascii=False) + "\n")
 
     def read_json(self, name: str) -> Any:
         """Returns the content of the JSON file `name`, or None if there is no such file.

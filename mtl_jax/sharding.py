@@ -10,7 +10,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mtl_jax import attention
 from mtl_jax.errors import UserError
@@ -78,8 +78,8 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
       devices: all devices of all processes by default.
 
     Raises:
-      UserError: the sizes do not multiply to the number of devices, or a copy of the model would
-        lie across slices; names axis and sizes.
+      UserError: the sizes do not multiply to the number of devices, do not fit a TPU's torus, or a
+        copy of the model would lie across slices; names axis and sizes.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = {axis: getattr(cfg, axis) for axis in AXES}
@@ -103,7 +103,15 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         )
     shape = (sizes["data"] // len(slices), sizes["fsdp"], sizes["tensor"])
     types = (AxisType.Auto,) * len(AXES)
-    meshes = [jax.make_mesh(shape, AXES, axis_types=types, devices=part) for part in slices]
+    try:
+        meshes = [jax.make_mesh(shape, AXES, axis_types=types, devices=part) for part in slices]
+    except NotImplementedError as error:  # JAX lays each axis over whole axes of a TPU's torus
+        wanted = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, shape, strict=True))
+        raise UserError(
+            f"The mesh {wanted} cannot be laid over this torus of {devices[0].device_kind}: "
+            "Mesh.data, Mesh.fsdp and Mesh.tensor must each be 1, the size of an axis of the "
+            "torus, or a product of such sizes."
+        ) from error
     if len(meshes) == 1:
         return meshes[0]
     # Within a slice as JAX finds it best for the torus; slices one after another.
@@ -137,7 +145,7 @@ def _divisors(number: int, limit: int = 4096) -> str:
     return ", ".join(str(n) for n in range(1, min(number, limit) + 1) if number % n == 0)
 
 
-def validate(mesh: Mesh, model: T5Config, rows: int, microbatches: int = 1) -> None:
+def validate(mesh: Mesh | AbstractMesh, model: T5Config, rows: int, microbatches: int = 1) -> None:
     """Checks before compiling that every sharded dimension divides.
 
     Raises:

@@ -7,12 +7,8 @@ TFExampleDataSource read in the streaming way.
 """
 
 import abc
-import functools
-import gzip
-import json
+import logging
 import os
-import pathlib
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,14 +17,15 @@ import seqio
 import tensorflow as tf
 
 from mtl_jax.errors import UserError, suggest
+from mtl_jax.row_files import Corrupt, Example, parsed, read_jsonl, read_parquet, read_tsv, stamp
 
 # TensorFlow only reads and prepares text here: it must never reserve an accelerator's memory.
 tf.config.set_visible_devices([], "GPU")
 tf.config.set_visible_devices([], "TPU")
 
-Example = dict[str, Any]
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
+_log = logging.getLogger(__name__)
 _DTYPES = {"str": tf.string, "int": tf.int64, "float": tf.float32, "bool": tf.bool}
 
 
@@ -164,9 +161,23 @@ class FileRowsDataSource(RowsDataSource):
         }
         self._example = example
         self._rows: dict[str, list[Example]] = {}
+        self._corrupt: dict[str, int] = {}  # rows left out, by split
+        self._tolerated: tuple[str, int] = ("", 0)
+
+    def tolerate(self, split: str, rows: int) -> None:
+        """Lets so many corrupt rows of a split be left out, each with a warning; of others none."""
+        if (split, rows) != self._tolerated:
+            self._tolerated = split, rows
+            self._rows.clear()
+            self._corrupt.clear()
+
+    def corrupt(self, split: str) -> int:
+        """Returns how many corrupt rows of a split were left out; reads it if need be."""
+        self.rows(split)
+        return self._corrupt[split]
 
     @abc.abstractmethod
-    def read_file(self, path: str) -> Sequence[tuple[int, Example]]:
+    def read_file(self, path: str) -> Sequence[tuple[int, Example | Corrupt]]:
         """Returns `(line number, row)` of one file."""
 
     def __str__(self) -> str:
@@ -186,16 +197,35 @@ class FileRowsDataSource(RowsDataSource):
             )
         if split not in self._rows:
             found: list[Example] = []
+            wrong: list[UserError] = []
             for path in [os.fspath(path) for path in self._paths[split]]:
                 for number, row in self.read_file(path):
-                    example = self._make(row, f"{path}, {self.unit} {number}")
-                    if example is not None:
-                        self._check(example, found, f"{path}, {self.unit} {number}")
-                        found.append(example)
-            self._rows[split] = found
+                    try:
+                        example = self._make(row, f"{path}, {self.unit} {number}")
+                        if example is not None:
+                            self._check(example, found, f"{path}, {self.unit} {number}")
+                            found.append(example)
+                    except UserError as error:
+                        wrong.append(error)
+                        self._leave_out(split, wrong)
+            self._rows[split], self._corrupt[split] = found, len(wrong)
         return self._rows[split]
 
-    def _make(self, row: Example, where: str) -> Example | None:
+    def _leave_out(self, split: str, wrong: Sequence[UserError]) -> None:
+        """Warns of the newest corrupt row, or raises it where no more may be left out."""
+        tolerated_split, most = self._tolerated
+        if tolerated_split != split or not most:
+            raise wrong[-1]
+        if len(wrong) > most:
+            raise UserError(
+                f"{wrong[-1]} {most} rows before it are corrupt, too, and were left out: as many "
+                "as Data.max_corrupt allows. Mend the file, or allow more."
+            ) from wrong[-1]
+        _log.warning("left out corrupt row %d (at most %d): %s", len(wrong), most, wrong[-1])
+
+    def _make(self, row: Example | Corrupt, where: str) -> Example | None:
+        if isinstance(row, Corrupt):
+            raise UserError(row.reason)
         if self._example is None:
             return dict(row)  # parsed rows are shared between sources
         try:
@@ -226,6 +256,11 @@ class FileRowsDataSource(RowsDataSource):
             if value is None and isinstance(first[name], str):
                 example[name] = ""
                 continue
+            if isinstance(value, str) and not _is_text(value):
+                raise UserError(
+                    f"{where}: field {name!r} holds half a character ({value!r:.60}), which cannot "
+                    "be written as UTF-8."
+                )
             kind, expected = _kind(value), _kind(first[name])
             if not kind:
                 raise UserError(
@@ -239,12 +274,23 @@ class FileRowsDataSource(RowsDataSource):
                 )
 
 
+def _is_text(value: str) -> bool:
+    """Whether it can be encoded: JSON may escape one half of a pair of surrogates."""
+    if value.isascii():  # at once
+        return True
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 class JsonlDataSource(FileRowsDataSource):
     """One JSON object a line, plain or gzip; see `FileRowsDataSource`."""
 
-    def read_file(self, path: str) -> Sequence[tuple[int, Example]]:
+    def read_file(self, path: str) -> Sequence[tuple[int, Example | Corrupt]]:
         """Returns `(line number, row)` of one file; blank lines are passed over."""
-        return _parsed(path, _stamp(path), _read_jsonl)
+        return parsed(path, stamp(path), read_jsonl)
 
 
 class TsvDataSource(FileRowsDataSource):
@@ -262,9 +308,9 @@ class TsvDataSource(FileRowsDataSource):
         super().__init__(split_to_path, example)
         self._columns = tuple(columns)
 
-    def read_file(self, path: str) -> Sequence[tuple[int, Example]]:
+    def read_file(self, path: str) -> Sequence[tuple[int, Example | Corrupt]]:
         """Returns `(line number, row)` of one file; blank lines are passed over."""
-        return _parsed(path, _stamp(path), _read_tsv, self._columns)
+        return parsed(path, stamp(path), read_tsv, self._columns)
 
 
 class ParquetDataSource(FileRowsDataSource):
@@ -272,151 +318,6 @@ class ParquetDataSource(FileRowsDataSource):
 
     unit = "row"
 
-    def read_file(self, path: str) -> Sequence[tuple[int, Example]]:
+    def read_file(self, path: str) -> Sequence[tuple[int, Example | Corrupt]]:
         """Returns `(row number, row)` of one file, from 1 on."""
-        return _parsed(path, _stamp(path), _read_parquet)
-
-
-def read_rows(path: str | os.PathLike[str]) -> Sequence[tuple[str, Example]]:
-    """Reads a file by its ending; returns `("line 7" or "row 7", row)`, each a new dictionary.
-
-    The endings are those of `ROW_FILES`. The fields of a TSV file are texts, its first line names
-    them; JSONL and Parquet may hold anything.
-
-    Raises:
-        UserError: another ending, no such file, or one that cannot be read.
-    """
-    name = os.fspath(path)
-    for ending, read in ROW_FILES.items():
-        if name.endswith(ending):
-            unit = "row" if read is _read_parquet else "line"
-            parsed = _parsed(name, _stamp(name), read)
-            return [(f"{unit} {number}", dict(row)) for number, row in parsed]
-    raise UserError(f"Data file {name}: its name must end with {', '.join(ROW_FILES)}.")
-
-
-def count_rows(path: str | os.PathLike[str]) -> int:
-    """Returns how many rows `read_rows` gives, without parsing them.
-
-    Raises:
-        UserError: no such file, or one that cannot be read.
-    """
-    name = os.fspath(path)
-    return _counted(name, _stamp(name))
-
-
-@functools.lru_cache(maxsize=1024)
-def _counted(path: str, stamp: tuple[int, int]) -> int:
-    del stamp
-    if path.endswith(".parquet"):
-        return _open_parquet(path).metadata.num_rows
-    if path.endswith((".tsv", ".tsv.gz")):
-        return max(sum(bool(line) for _, line in _lines(path)) - 1, 0)  # one names the columns
-    return sum(bool(line.strip()) for _, line in _lines(path))
-
-
-def _stamp(path: str) -> tuple[int, int]:
-    """Identifies a version of a file.
-
-    Raises:
-        UserError: there is no such file.
-    """
-    try:
-        stat = os.stat(path)
-    except OSError as error:
-        folder = pathlib.Path(path).parent
-        near = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
-        hint = suggest(pathlib.Path(path).name, near) or ("" if near else " The folder is missing.")
-        raise UserError(f"Data file {path}: {error.strerror}.{hint}") from error
-    return stat.st_mtime_ns, stat.st_size
-
-
-@functools.lru_cache(maxsize=8)
-def _parsed(
-    path: str,
-    stamp: tuple[int, int],
-    read: Callable[..., list[tuple[int, Example]]],
-    *options: Any,
-) -> Sequence[tuple[int, Example]]:
-    """Parses a file once for the several tasks (prompts) that read it one after the other."""
-    del stamp  # part of the key of the cache: a changed file is read again
-    return read(path, *options)
-
-
-def _lines(path: str) -> Iterator[tuple[int, str]]:
-    """Yields `(number, line)` of a text file, plain or gzip, without line ends."""
-    try:
-        opened = gzip.open if path.endswith(".gz") else open
-        with opened(path, "rt", encoding="utf-8", newline="\n") as lines:
-            for number, line in enumerate(lines, 1):
-                yield number, line.rstrip("\r\n")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise UserError(f"Data file {path} cannot be read: {error}.") from error
-
-
-def _read_jsonl(path: str) -> list[tuple[int, Example]]:
-    rows = []
-    for number, line in _lines(path):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{path}, line {number}: not valid JSON ({error.msg}, column {error.colno}). "
-                "Every line must be one JSON object."
-            ) from error
-        if not isinstance(row, dict):
-            raise UserError(
-                f"{path}, line {number}: a JSON object is needed, not {line.strip()[:40]}."
-            )
-        rows.append((number, row))
-    return rows
-
-
-def _read_tsv(path: str, columns: Sequence[str] = ()) -> list[tuple[int, Example]]:
-    rows = []
-    for number, line in _lines(path):
-        if not line:
-            continue
-        values = line.split("\t")
-        if not columns:
-            columns = values
-            continue
-        if len(values) != len(columns):
-            raise UserError(
-                f"{path}, line {number}: {len(values)} columns instead of {len(columns)} "
-                f"({', '.join(columns)})."
-            )
-        rows.append((number, dict(zip(columns, values, strict=True))))
-    return rows
-
-
-def _open_parquet(path: str) -> Any:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        return pyarrow.parquet.ParquetFile(path)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"Data file {path} cannot be read: {error}.") from error
-
-
-def _read_parquet(path: str) -> list[tuple[int, Example]]:
-    import pyarrow
-
-    with _open_parquet(path) as file:
-        try:
-            return list(enumerate(file.read().to_pylist(), 1))
-        except (OSError, pyarrow.ArrowException) as error:
-            raise UserError(f"Data file {path} cannot be read: {error}.") from error
-
-
-# What `read_rows` reads, by the ending of the file's name.
-ROW_FILES: Mapping[str, Callable[..., list[tuple[int, Example]]]] = {
-    ".jsonl": _read_jsonl,
-    ".jsonl.gz": _read_jsonl,
-    ".tsv": _read_tsv,
-    ".tsv.gz": _read_tsv,
-    ".parquet": _read_parquet,
-}
+        return parsed(path, stamp(path), read_parquet)

@@ -72,6 +72,7 @@ def train_step(
     batch: Batch,
     rng: jax.Array,
     reference: model.Params | None = None,
+    limit: jax.Array | None = None,
     *,
     balancer: Balancer | None = None,
     plan: SharingPlan | None = None,
@@ -87,6 +88,8 @@ def train_step(
       batch: one global batch.
       rng: the run's PRNG key; the step number is folded in, so a restart draws the same numbers.
       reference: parameters of a frozen model, for a method that compares with it.
+      limit: float32 scalar; an update whose loss is above it or not finite, or whose gradient is
+        not finite, is left out. None: none is.
       balancer: how the tasks share the update; None: the mean over all tokens.
       plan: how they share parameters; then a microbatch holds one task, or tasks to which the plan
         gives the same parameters.
@@ -94,7 +97,8 @@ def train_step(
     Returns:
       (the state after, metrics: scalars "loss" (mean over tokens, z-loss included), "z_loss",
       "grad_norm" (of what is trained, before clipping), "learning_rate", the per-task sums of
-      `objective.loss_sum`, with a balancer what `Problem.gradients` tells, and with a plan
+      `objective.loss_sum`, with a limit "skipped", whether all but the step number is as it was,
+      with a balancer what `Problem.gradients` tells, and with a plan
       "sharing/..." scalars and "mixed_sharing", whether a microbatch held what it must not).
     """
     shared = None if plan is None or plan.empty else Shared(plan, state.step)
@@ -133,7 +137,20 @@ def train_step(
     }
     told |= {name: sums[name] for name in ("task_loss_sum", "task_tokens", "task_correct")}
     params = optim.merge(trained, frozen)
-    return TrainState(state.step + 1, params, opt_state, balance), metrics | told
+    after = TrainState(state.step + 1, params, opt_state, balance)
+    if limit is not None:
+        after, told["skipped"] = _unless_bad(state, after, metrics, limit)
+    return after, metrics | told
+
+
+def _unless_bad(
+    before: TrainState, after: TrainState, metrics: Metrics, limit: jax.Array
+) -> tuple[TrainState, jax.Array]:
+    """The state after the update, or if that is bad the one before, a step on; and whether."""
+    loss = metrics["loss"]
+    bad = ~(jnp.isfinite(loss) & jnp.isfinite(metrics["grad_norm"])) | (loss > limit)
+    kept = jax.tree.map(lambda old, new: jnp.where(bad, old, new), before, after)
+    return kept.replace(step=after.step), bad
 
 
 def _with_penalty(

@@ -172,7 +172,9 @@ def questions(given: Sweep, names: Sequence[str]) -> Iterator[Question]:
                 max_tokens=cfg.inputs_length,
             )
             lengths = cfg.inputs_length, cfg.targets_length, cfg.limit, cfg.seed
-            task = data.load_eval_task(with_shots, splits[name], *lengths, whole=True)
+            task = data.load_eval_task(
+                with_shots, splits[name], *lengths, whole=True, use_cached=cfg.use_cached
+            )
             ranked = task.ranked
             results.warn(task)
             mine = tuple(preset for preset in presets if preset.passes_for(ranked))

@@ -14,7 +14,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,36 @@ INSTALL = 'install what compiles for absent devices: pip install "mtl_jax[aot]"'
 
 # Kind -> an example, which also tells the number of dimensions of its torus.
 TPU_KINDS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What one device has and moves.
+
+    Attributes:
+      memory: bytes.
+      usable: bytes of it that a program can have.
+      bandwidth: bytes per second to and from its memory.
+      link: bytes per second that it can send to other devices, all links together.
+    """
+
+    memory: int
+    usable: int
+    bandwidth: float
+    link: float
+
+
+# Google Cloud TPU documentation, pages "TPU v4", "TPU v5e", "TPU v5p", "TPU v6e": rows "HBM2
+# capacity and bandwidth" and "Interchip Interconnect BW" per chip. Usable is what libtpu 0.0.42
+# itself says of a program that is too large ("exceeds available HBM (15.75G)").
+TPU_CHIPS = {
+    "v4": Chip(32 * 2**30, int(30.75 * 2**30), 1_200e9, 300e9),
+    "v5e": Chip(16 * 2**30, int(15.75 * 2**30), 819e9, 200e9),
+    "v5p": Chip(int(95.74 * 2**30), int(95.74 * 2**30), 2_765e9, 600e9),
+    "v6e": Chip(32 * 2**30, int(31.25 * 2**30), 1_640e9, 448e9),
+}
+_GPU_SHARE = 0.75  # of its memory JAX takes at the start (XLA_PYTHON_CLIENT_MEM_FRACTION)
+_NVLINK = 450e9  # fourth generation, one direction, as in NVIDIA's data sheets
 
 # Kind -> (name, bytes of memory, bytes per second), from NVIDIA's data sheets of the SXM modules.
 GPU_KINDS = {
@@ -98,6 +128,8 @@ class Compiled:
       temp_bytes: scratch memory.
       argument_bytes: of the arguments.
       output_bytes: of the results, aliased ones included.
+      alias_bytes: of results that take the place of arguments.
+      code_bytes: of the program itself.
       peak_bytes: most memory in use at once, arguments and results included.
       collectives: kind, such as "all-reduce" -> the type of each one's result, such as
         "f32[32,12]"; what stands in a loop counts once.
@@ -108,10 +140,21 @@ class Compiled:
     temp_bytes: int
     argument_bytes: int
     output_bytes: int
+    alias_bytes: int
+    code_bytes: int
     peak_bytes: int
     collectives: dict[str, list[str]]
     kernels: tuple[Kernel, ...]
     hlo: str
+
+
+def chip(target: str) -> Chip:
+    """What a device of a target that `devices` knows has and moves."""
+    kind = target.partition(":")[0]
+    if kind in TPU_CHIPS:
+        return TPU_CHIPS[kind]
+    _, memory, bandwidth = GPU_KINDS[kind]
+    return Chip(memory, int(_GPU_SHARE * memory), bandwidth, _NVLINK)
 
 
 def devices(target: str) -> list[Any]:
@@ -263,7 +306,6 @@ def compiled(
     Raises:
       jax.errors.JaxRuntimeError: the compiler's, such as RESOURCE_EXHAUSTED.
     """
-    gpu = device.platform == "gpu"
     on_device = SingleDeviceSharding(device)
     arguments = jax.tree.map(
         lambda x: x if x.sharding is not None else x.update(sharding=on_device), tuple(arguments)
@@ -275,28 +317,51 @@ def compiled(
             # Without a mesh, kernels would be lowered for the default device of JAX.
             mesh = Mesh(np.array([device]), ("device",))
             stack.enter_context(jax.sharding.use_abstract_mesh(mesh.abstract_mesh))
-        options: dict[str, Any] = {}
-        if gpu:
-            # Tuning by measurement needs the device.
-            options["xla_gpu_autotune_level"] = 0
-            options["xla_gpu_cuda_data_dir"] = str(_cuda_folder())
-        if gpu and kernels:
-            options["xla_dump_to"] = stack.enter_context(tempfile.TemporaryDirectory())
-            options["xla_dump_emitter_re"] = "ptx"  # newer versions leave it out otherwise
-        # Any: JAX says that a backend may have no such reports; these have them.
-        executable: Any = lower(*arguments).compile(compiler_options=options)
-        ptx = sorted(Path(options["xla_dump_to"]).glob("*.ptx")) if gpu and kernels else []
+        lowered = lower(*arguments)
+    return compile_lowered(lowered, device, kernels=kernels)
+
+
+def compile_lowered(lowered: jax.stages.Lowered, device: Any, *, kernels: bool = False) -> Compiled:
+    """As `compiled`, of a function that has been traced and lowered for that device or mesh."""
+    with tempfile.TemporaryDirectory() as dump:
+        options = {"xla_dump_to": dump, "xla_dump_emitter_re": "ptx"}  # newer versions need both
+        asked = kernels and device.platform == "gpu"
+        made = executable(lowered, device, options if asked else {})
+        ptx = sorted(Path(dump).glob("*.ptx"))
         reports = tuple(kernel for path in ptx for kernel in _assembled(path))
-    memory, hlo = executable.memory_analysis(), executable.as_text()
+    memory, hlo = made.memory_analysis(), made.as_text()
     return Compiled(
         temp_bytes=memory.temp_size_in_bytes,
         argument_bytes=memory.argument_size_in_bytes,
         output_bytes=memory.output_size_in_bytes,
+        alias_bytes=memory.alias_size_in_bytes,
+        code_bytes=memory.generated_code_size_in_bytes,
         peak_bytes=memory.peak_memory_in_bytes,
         collectives=_collectives(hlo),
         kernels=reports,
         hlo=hlo,
     )
+
+
+def executable(
+    lowered: jax.stages.Lowered, device: Any, more: Mapping[str, Any] | None = None
+) -> Any:
+    """A lowered function, compiled for the device or mesh that it was lowered for.
+
+    Args:
+      lowered: as `jax.jit(function).lower` returns it.
+      device: any device of the mesh.
+      more: options of the compiler.
+
+    Returns:
+      A `jax.stages.Compiled`. Any: JAX says that a backend may have no reports; these have them.
+    """
+    options = dict(more or {})
+    if device.platform == "gpu":
+        # Tuning by measurement needs the device.
+        options["xla_gpu_autotune_level"] = 0
+        options["xla_gpu_cuda_data_dir"] = str(_cuda_folder())
+    return lowered.compile(compiler_options=options)
 
 
 def _collectives(hlo: str) -> dict[str, list[str]]:

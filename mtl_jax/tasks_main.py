@@ -292,7 +292,7 @@ def _show_templates(args: argparse.Namespace, out: TextIO) -> None:
     Raises:
         UserError: flags that do not go together, a file that cannot be read, or a broken template.
     """
-    from mtl_jax.sources import read_rows
+    from mtl_jax.row_files import read_rows
     from mtl_jax.tasks.prompts import load_templates
 
     for flag, other in (("template", "rows"), ("rows", "template")):

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from mtl_jax import (
     build,
@@ -26,11 +27,14 @@ from mtl_jax import (
     step,
     tokenizer,
 )
-from mtl_jax.checkpoint import Checkpointer
+from mtl_jax.checkpoint import Checkpointer, DamagedCheckpoint
 from mtl_jax.errors import Stopped, UserError
+from mtl_jax.evaluate import EvalTask, Evaluator
+from mtl_jax.guard import Guard, RollBack
 from mtl_jax.logbook import Logbook
 from mtl_jax.preemption import Preemption
 from mtl_jax.run_directory import model_info, versions
+from mtl_jax.run_lock import RunLock
 from mtl_jax.sharing import tree
 from mtl_jax.sharing.embeddings import prompt_ids
 
@@ -69,6 +73,7 @@ def train(session: build.Session, argv: list[str]) -> None:
     with contextlib.ExitStack() as closing:
         # -------------------------------------------------------------- data
         run.create()
+        closing.enter_context(RunLock(run.path, primary=processes.primary()))
         tasks = data.task_names(cfg.data.mixture)
         task_ids = run.task_ids(tasks)
         stream = closing.enter_context(open_stream(session, task_ids))
@@ -77,10 +82,11 @@ def train(session: build.Session, argv: list[str]) -> None:
 
         # -------------------------------------------------------------- state
         # A checkpoint of another architecture fails here, before any file is replaced.
+        guard = Guard(cfg.guard, run)
         with ledger("checkpoint"):
             checkpointer = closing.enter_context(Checkpointer(run.checkpoints, cfg.checkpoint))
+            restored = continued(session, checkpointer, stream, guard)
             meta = session.meta(task_ids, session.origin(checkpointer))
-            restored = continued(session, checkpointer, stream)
         with ledger("start"):
             state = starting.start_state(session) if restored is None else restored
         first = int(state.step)  # of a fresh run, too, where Run.restore_from gives its number
@@ -91,56 +97,124 @@ def train(session: build.Session, argv: list[str]) -> None:
         # -------------------------------------------------------------- run directory
         run.freeze_task_ids(tasks)
         describe_run(session, argv)
-        book = closing.enter_context(Logbook(session, task_ids, ledger, first))
         evaluator, told = session.evaluator(), closing.enter_context(Preemption())
-
-        def evaluate(number: int) -> list[Any]:
-            progress = report.evaluation_progress()
-            with ledger("eval"):
-                return evaluator.run(state.params, eval_tasks, number, run.path, progress)
-
-        if cfg.run.evaluate_untrained and not first and eval_tasks:
-            evaluate(0)
 
         # -------------------------------------------------------------- compile
         # Not the key of the parameters: dropout must not repeat what made them.
         rng = starting.replicated_key(mesh, cfg.run.seed, 1)
         with ledger("compile"):
             update, reference = compile_step(session), starting.reference_params(session)
-        with ledger("data"):
-            ahead = next_batch(stream, mesh)
 
-        # -------------------------------------------------------------- loop
+        # -------------------------------------------------------------- steps
+        parts = (session, stream, checkpointer, guard, ledger, told, evaluator, eval_tasks)
+        training = Training(*parts, meta, update, rng, reference, state)
+        del state, restored  # the steps give its memory to the next one
+        while True:
+            with Logbook(session, task_ids, ledger, first, guard) as book:
+                try:
+                    counters = training.run(book, first)
+                    book.finish(counters, session.rates(training.state))
+                    return
+                except RollBack as bad:
+                    reason = bad.with_traceback(None)  # its frames hold arrays
+            first = training.go_back(reason)
+
+
+@dataclasses.dataclass
+class Training:
+    """The loop and what it needs."""
+
+    session: build.Session
+    stream: data.TrainStream
+    checkpointer: Checkpointer
+    guard: Guard
+    ledger: report.Ledger
+    told: Preemption
+    evaluator: Evaluator
+    eval_tasks: list[EvalTask]
+    meta: dict[str, Any]
+    update: Any
+    rng: jax.Array
+    reference: Any
+    state: Any  # a step.TrainState; None while another one is read
+
+    def run(self, book: Logbook, first: int) -> Any:
+        """The steps after `first`; the data's counters at the end.
+
+        Raises:
+          RollBack: a bad loss; `go_back`, and run again.
+          Stopped: the run was told to stop, and has saved.
+        """
+        cfg, mesh, ledger, guard = self.session.config, self.session.mesh, self.ledger, self.guard
+        fresh = not first and not guard.roll_backs
+        if cfg.run.evaluate_untrained and fresh and self.eval_tasks:
+            self.evaluate(0)
+        with ledger("data"):
+            ahead = next_batch(self.stream, mesh)
         for number in range(first + 1, cfg.run.steps + 1):
             arrays, batch = ahead
+            limit = guard.argument(number, mesh)
             with ledger("step"), jax.transfer_guard("disallow"):
-                state, metrics = update(state, arrays, rng, reference)
+                self.state, metrics = self.update(
+                    self.state, arrays, self.rng, self.reference, limit
+                )
             book.add(number, metrics, batch)
             last = number == cfg.run.steps
             # Not where an evaluation is due: the run that goes on would never make it up.
-            evaluated = bool(eval_tasks) and (last or due(number, cfg.eval.every))
-            stop = told.reached(number) and not last and not evaluated
+            evaluated = bool(self.eval_tasks) and (last or due(number, cfg.eval.every))
+            stop = self.told.reached(number) and not last and not evaluated
             if not last:
                 with ledger("data"):
-                    ahead = next_batch(stream, mesh)
+                    ahead = next_batch(self.stream, mesh)
             scores = None
             if evaluated:
                 book.flush()
-                scores = book.write_results(number, evaluate(number))
+                scores = book.write_results(number, self.evaluate(number))
                 if cfg.balance.follow_rates and due(number, cfg.eval.every):
-                    batch = stream.by_rates(session.rates(state), batch)
-                    ahead = ahead if last else next_batch(stream, mesh)
-            if last or stop or due(number, cfg.checkpoint.every):
-                book.flush()  # a loss that is not finite must stop the run before it is saved
+                    batch = self.stream.by_rates(self.session.rates(self.state), batch)
+                    ahead = ahead if last else next_batch(self.stream, mesh)
+            due_now = due(number, cfg.checkpoint.every) or self.checkpointer.lost()
+            if last or stop or due_now:
+                book.flush()  # a bad loss must be met before it is saved
                 with ledger("checkpoint"):
-                    checkpointer.save(number, state, data.whole_state(batch), meta, scores)
+                    position = data.whole_state(batch) | guard.as_json()
+                    self.checkpointer.save(
+                        *(number, self.state, position, self.meta, scores), wait=last or stop
+                    )
             if stop:
-                break
-        with ledger("checkpoint"):
+                raise Stopped(
+                    f"told to stop: saved at step {number:,}; the same command continues."
+                )
+        return self.stream.counters_by_task(ahead[1])
+
+    def evaluate(self, number: int) -> list[Any]:
+        """Results of all tasks at a step."""
+        progress, run = report.evaluation_progress(), self.session.run
+        with self.ledger("eval"):
+            params = self.state.params
+            return self.evaluator.run(params, self.eval_tasks, number, run.path, progress)
+
+    def go_back(self, bad: RollBack) -> int:
+        """Takes an earlier state, and the data behind those of `bad`; returns the state's step."""
+        checkpointer, guard = self.checkpointer, self.guard
+        count = guard.roll_backs + 1
+        self.state = None  # there need not be room for both
+        with self.ledger("checkpoint"):
             checkpointer.wait()
-        if not last:
-            raise Stopped(f"told to stop: saved at step {number:,}; the same command continues.")
-        book.finish(stream.counters_by_task(ahead[1]), session.rates(state))
+            number = guard.target(bad, checkpointer.steps())
+            if number is None:
+                self.state = starting.start_state(self.session)
+                guard.restore({})
+            else:
+                self.state, position, _ = checkpointer.restore(number, self.session.abstract_state)
+                guard.restore(position)
+                checkpointer.set_aside([step for step in checkpointer.steps() if step > number])
+        guard.roll_backs = count
+        first = int(self.state.step)
+        self.stream.restore(bad.batch.state)
+        what = f"{bad.reason}: back to step {first:,}, without the data until here"
+        guard.tell(bad.step, "roll_back", what, back_to=first, roll_backs=count)
+        return first
 
 
 def open_stream(session: build.Session, task_ids: Mapping[str, int]) -> data.TrainStream:
@@ -152,17 +226,36 @@ def open_stream(session: build.Session, task_ids: Mapping[str, int]) -> data.Tra
 
 
 def continued(
-    session: build.Session, checkpointer: Checkpointer, stream: data.TrainStream
+    session: build.Session, checkpointer: Checkpointer, stream: data.TrainStream, guard: Guard
 ) -> step.TrainState | None:
-    """The state of the run's newest checkpoint, and the stream where it was; None: a fresh run."""
-    number, run = checkpointer.latest(), session.run
-    if number is None:
-        return None
-    session.check_model(checkpointer.meta(number), run.checkpoints / str(number))
-    state, position, _ = checkpointer.restore(number, session.abstract_state)
-    stream.restore(position)
-    say(f"Continuing from step {number:,} in {run.path}")
-    return state
+    """The state of the run's newest sound checkpoint, stream and guard as then; None: a fresh run.
+
+    Damaged ones that are newer are set aside. Where all are damaged nothing is moved: a run shall
+    not begin anew unasked.
+
+    Raises:
+      UserError: no checkpoint is sound, or it is of another model.
+    """
+    damaged: list[tuple[int, DamagedCheckpoint]] = []
+    for number in reversed(checkpointer.steps()):
+        try:
+            checkpointer.verify(number)
+            session.check_model(checkpointer.meta(number), session.run.checkpoints / str(number))
+            state, position, _ = checkpointer.restore(number, session.abstract_state)
+        except DamagedCheckpoint as error:
+            damaged.append((number, error))
+            continue
+        stream.restore(position)
+        guard.restore(position)
+        if damaged:
+            aside = checkpointer.set_aside([bad for bad, _ in damaged])
+            for bad, why in damaged:
+                guard.tell(bad, "damaged", f"{why} It was moved to {aside}.")
+        say(f"Continuing from step {number:,} in {session.run.path}")
+        return state
+    if damaged:
+        raise damaged[0][1]
+    return None
 
 
 def due(number: int, every: int) -> bool:
@@ -180,6 +273,11 @@ def next_batch(
 
 def compile_step(session: build.Session) -> Any:
     """The train step, compiled once from shapes; other shapes are errors, not a second compile."""
+    return lower_step(session).compile()
+
+
+def lower_step(session: build.Session) -> jax.stages.Lowered:
+    """The train step, traced for the session's mesh from shapes alone."""
     cfg, everywhere = session.config, sharding.replicated(session.mesh)
     tasks = len(session.balancer.of_task) - 1
     fixed = session.sharing.model_config, cfg.step, cfg.optimizer, tasks
@@ -190,10 +288,13 @@ def compile_step(session: build.Session) -> Any:
     key = jax.eval_shape(lambda: jax.random.key(0))
     rng = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=everywhere)
     batch = session.abstract_batch()
+    limit = None
+    if cfg.guard.on_bad_loss == "skip":
+        limit = jax.ShapeDtypeStruct((), np.float32, sharding=everywhere)
     with sharding.on_mesh(session.mesh):
         return jitted.lower(
-            session.abstract_state, batch, rng, starting.abstract_reference(session)
-        ).compile()
+            *(session.abstract_state, batch, rng, starting.abstract_reference(session), limit)
+        )
 
 
 def describe_run(session: build.Session, argv: list[str]) -> None:

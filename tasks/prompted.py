@@ -18,6 +18,7 @@ from typing import Any
 
 import seqio
 
+from mtl_jax import caching
 from mtl_jax.errors import UserError, suggest
 from mtl_jax.task_info import describe
 from mtl_jax.tasks.options import with_options
@@ -145,8 +146,8 @@ class PromptedTask:
         shuffled_options: write them in an order drawn for each row.
         postprocess: SeqIO's `fn(text, example=fields, is_target=bool)`, applied to targets and
             predictions before the metrics.
-        fields: further fields of an example, from its row, for `postprocess`: texts, numbers or
-            lists of texts.
+        fields: further fields of an example, from its row, for `postprocess`: texts, numbers,
+            booleans or lists of texts.
         group: the name under which results are summed up (`TaskInfo.dataset`); empty: `dataset`.
         count: gives the number of rows of a split when it is asked for, so that registering reads
             nothing; `splits` are then names alone.
@@ -248,7 +249,11 @@ class PromptedTask:
         seqio.TaskRegistry.add(
             name,
             source=PromptedDataSource(name, self, template, counts, variant),
-            preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos],
+            preprocessors=[
+                *caching.HERE,
+                seqio.preprocessors.tokenize,
+                seqio.preprocessors.append_eos,
+            ],
             output_features=dict(self.output_features),
             postprocess_fn=self.postprocess,
             metric_fns=[] if variant == "train" else list(self.metric_fns),

@@ -12,6 +12,7 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
+from mtl_jax.caching import ROW
 from mtl_jax.errors import UserError, suggest
 from mtl_jax.sources import RowsDataSource
 
@@ -20,6 +21,7 @@ Example = dict[str, Any]
 # at every reading) to its example; None: this row gives none.
 Write = Callable[[int, int | None], Example | None]
 
+_DTYPES = {int: tf.int64, float: tf.float64, bool: tf.bool}
 _CHUNK = 32  # examples handed to TensorFlow at once: one call into Python costs more than a row
 
 
@@ -30,6 +32,8 @@ class RenderedDataSource(RowsDataSource):
     depend on the seed. A subclass has a name for errors (`__str__`) and `open`.
     """
 
+    rows_of_a_part = 10_000  # that one worker of SeqIO's caching job writes
+
     def __init__(self, splits: Sequence[str]):
         super().__init__(splits)
         self._kept: dict[str, list[int]] = {}
@@ -39,12 +43,17 @@ class RenderedDataSource(RowsDataSource):
     def open(self, split: str) -> tuple[int, Write]:
         """Returns the number of rows of a split and what writes their examples.
 
-        An example has texts, numbers, or lists of texts, and always the same fields.
+        An example has texts, numbers, booleans, or lists of texts, and always the same fields.
         """
 
     def num_input_examples(self, split: str) -> int:
         """Returns the number of rows, the ones that give no example included."""
         return self.open(split)[0]
+
+    def list_shards(self, split: str) -> Sequence[str]:
+        """Returns the parts that workers of SeqIO's caching job write; each reads all rows."""
+        count = -(-self.num_input_examples(split) // self.rows_of_a_part)
+        return [f"{split}-{part}" for part in range(max(1, count))]
 
     def kept(self, split: str) -> Sequence[int] | None:
         """Returns the rows that gave an example in the last complete pass in order; None: none yet.
@@ -89,6 +98,18 @@ class RenderedDataSource(RowsDataSource):
         What is drawn anew for each epoch is drawn by `seed`, and only with `shuffle`: without it
         every reading gives the examples that are evaluated.
         """
+        for _, example in self._numbered(split, shuffle, seed, shard_info, start):
+            yield example
+
+    def _numbered(
+        self,
+        split: str,
+        shuffle: bool,
+        seed: int | None = None,
+        shard_info: seqio.ShardInfo | None = None,
+        start: int = 0,
+    ) -> Iterator[tuple[int, Example]]:
+        """Yields the number of the row and its example."""
         self.check_split(split)
         count, write = self.open(split)
         shard = shard_info or seqio.ShardInfo(0, 1)
@@ -102,7 +123,7 @@ class RenderedDataSource(RowsDataSource):
                 continue
             kept.append(int(index))
             if len(kept) > start:
-                yield example
+                yield int(index), example
         if shard.num_shards == 1:
             self._skipped[split] = count - len(kept)
             if not shuffle:
@@ -116,7 +137,7 @@ class RenderedDataSource(RowsDataSource):
         shard_info: seqio.ShardInfo | None = None,
         **unused_by_rows: Any,
     ) -> tf.data.Dataset:
-        """Returns the examples as a dataset, written while it is read.
+        """Returns the examples as a dataset, written while it is read; with `caching.ROW`.
 
         Raises:
             UserError: no example of the split shows what fields there are.
@@ -125,10 +146,11 @@ class RenderedDataSource(RowsDataSource):
         first = next(self.examples(split, shuffle=False), None)
         if first is None:
             raise UserError(f"{self}: split {split!r} gives no examples.")
-        columns = {name: _Column(value) for name, value in first.items()}
+        columns = {name: _Column(value) for name, value in (first | {ROW: 0}).items()}
 
         def chunks() -> Iterator[dict[str, Any]]:
-            examples = self.examples(split, shuffle, seed, shard_info)
+            numbered = self._numbered(split, shuffle, seed, shard_info)
+            examples = (example | {ROW: number} for number, example in numbered)
             while chunk := list(itertools.islice(examples, _CHUNK)):
                 yield {
                     name: column.of([example[name] for example in chunk])
@@ -146,7 +168,7 @@ class _Column:
 
     def __init__(self, value: Any):
         self.is_list = isinstance(value, list | tuple)
-        self._dtype = {int: tf.int64, float: tf.float32}.get(type(value), tf.string)
+        self._dtype = _DTYPES.get(type(value), tf.string)
         self.spec: tf.TypeSpec = (
             tf.RaggedTensorSpec([None, None], self._dtype, ragged_rank=1)
             if self.is_list

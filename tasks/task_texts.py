@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import seqio
 
+from mtl_jax import caching
 from mtl_jax.errors import UserError
 from mtl_jax.reading import SIDES, Epoch, TaskReader
 from mtl_jax.sources import RowsDataSource
@@ -54,8 +55,7 @@ class TaskTexts:
     def _opening(self, split: str) -> tuple[int, Write]:
         source = self.task.source
         plain = all(
-            step in _TOKENIZING or isinstance(step, seqio.CacheDatasetPlaceholder)
-            for step in self.task.preprocessors
+            step in _TOKENIZING or caching.is_ours(step) for step in self.task.preprocessors
         )
         if plain and isinstance(source, RenderedDataSource):
             source.check_split(split)

@@ -23,6 +23,7 @@ ORDER = (
         "cli",
         "compare",
         "sweep",
+        "precompile",
         "train",
         "dry_run",
         "logbook",
@@ -31,21 +32,34 @@ ORDER = (
         "microbatches",
     ),
     *("tasks_main", "report_main", "represent", "infer", "decontaminate"),
+    "guard",
     *("compare_config", "sweep_config", "config", "balance_log"),
     # TensorFlow is allowed here, and so in the entry pages.
     *("tasks", "data", "shards", "eval_reading", "effective_mixture", "mixtures", "reading"),
-    *("sources", "packing", "vocabulary", "quiet_tensorflow"),
+    *("caching", "sources", "packing", "vocabulary", "quiet_tensorflow"),
     # What uses the model stands before it.
     *("sweeps", "inference", "interop", "evaluate"),
     *("decode", "beam", "sampling", "hypotheses", "stop_strings", "buckets"),
     *("results", "protocols", "metrics", "eval_task", "placement", "overlap"),
     # The way of a batch.
-    *("targets", "step", "balanced", "objective", "balance", "sharing", "sharding"),
+    *(
+        "fitting",
+        "targets",
+        "hlo",
+        "step",
+        "balanced",
+        "objective",
+        "balance",
+        "sharing",
+        "sharding",
+    ),
     *("loss", "incremental", "model", "layers"),
     *("attention", "kernels", "optim"),
     # What a run leaves behind.
     *(
         "checkpoint",
+        "checkpoint_fit",
+        "checksums",
         "restore",
         "report",
         "sweep_report",
@@ -54,13 +68,16 @@ ORDER = (
         "multitask_html",
     ),
     *("heat_map", "charts", "analysis", "tables", "run_directory"),
+    "run_lock",
     *("sweep_files", "storage", "tokenizer", "preemption", "processes"),
     *("flops", "task_info", "data_config", "generate_config", "infer_config", "model_config"),
+    *("checkpoint_config", "guard_config", "row_files"),
+    *("precompile_config", "precompile_report"),
     *("run_config", "config_types", "patterns", "user_modules", "errors"),
 )
 MAY_LOAD_TENSORFLOW = {
     *("tasks", "data", "shards", "eval_reading", "effective_mixture", "mixtures", "reading"),
-    *("sources", "vocabulary", "quiet_tensorflow"),
+    *("caching", "sources", "vocabulary", "quiet_tensorflow"),
 }
 ENTRY_PAGES = {
     *(
@@ -68,6 +85,7 @@ ENTRY_PAGES = {
         "cli",
         "compare",
         "sweep",
+        "precompile",
         "train",
         "dry_run",
         "logbook",

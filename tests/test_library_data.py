@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from mtl_jax.sources import read_rows
+from mtl_jax.row_files import read_rows
 from mtl_jax.tasks.benchmarks.catalogue import DATASETS, find
 from mtl_jax.tasks.prompts import prompt_slug
 

@@ -10,6 +10,8 @@ from mtl_jax.balance.balance_config import BalanceConfig
 from mtl_jax.balance.balancer import make_balancer
 from mtl_jax.data_config import DataConfig
 from mtl_jax.errors import UserError
+from mtl_jax.guard import Guard
+from mtl_jax.guard_config import GuardConfig
 from mtl_jax.logbook import Logbook
 from mtl_jax.model_config import T5Config
 from mtl_jax.packing import COUNTERS
@@ -39,9 +41,13 @@ def session(tmp_path):
     )
 
 
+def guard_of(session):
+    return Guard(GuardConfig(), session.run)
+
+
 @pytest.fixture
 def book(session):
-    with Logbook(session, TASK_IDS, Ledger(), first=0) as opened:
+    with Logbook(session, TASK_IDS, Ledger(), first=0, guard=guard_of(session)) as opened:
         yield opened
 
 
@@ -109,7 +115,7 @@ def test_a_line_sums_its_steps_and_weighs_by_tokens(session, book):
 
 
 def test_finish_writes_what_is_left_and_tells_of_cuts(session, capsys):
-    book = Logbook(session, TASK_IDS, Ledger(), first=0)
+    book = Logbook(session, TASK_IDS, Ledger(), first=0, guard=guard_of(session))
     for number in (1, 2, 3):
         book.add(number, metrics((number, 0.0), (1, 0)), batch())
     counters = {"examples": 50, "truncated_inputs": 20, "truncated_targets": 10}
@@ -179,10 +185,10 @@ def test_evaluation_becomes_means_over_tasks_without_baselines(session, book):
 
 
 def test_a_continued_run_drops_what_lies_behind_its_checkpoint(session):
-    with Logbook(session, TASK_IDS, Ledger(), first=0) as book:
+    with Logbook(session, TASK_IDS, Ledger(), first=0, guard=guard_of(session)) as book:
         for number in (1, 2, 3, 4, 5):
             book.add(number, metrics((number, 0.0), (1, 0)), batch())
     assert [line["step"] for line in lines(session)] == [2, 4]
-    with Logbook(session, TASK_IDS, Ledger(), first=3) as book:
+    with Logbook(session, TASK_IDS, Ledger(), first=3, guard=guard_of(session)) as book:
         assert book.step == 3
     assert [line["step"] for line in lines(session)] == [2]

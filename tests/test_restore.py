@@ -12,7 +12,7 @@ import pytest
 
 from mtl_jax import (
     build,
-    checkpoint,
+    checkpoint_fit,
     config,
     model,
     objective,
@@ -117,7 +117,7 @@ def test_a_map_moves_leaves_fresh_and_takes_the_rest(source, tmp_path, capsys):
         original = Checkpointer._read
 
         def spied(self, number, abstract):
-            read.extend(checkpoint._tensors(abstract))
+            read.extend(checkpoint_fit.tensors(abstract))
             return original(self, number, abstract)
 
         patch.setattr(Checkpointer, "_read", spied)
@@ -331,7 +331,7 @@ def test_a_run_with_frozen_parameters_continues_from_its_checkpoint(tmp_path):
 def test_the_state_of_a_run_with_frozen_parameters_lies_where_its_parameters_lie(tmp_path):
     groups = ["Optimizer.name='adamw'", "Optimizer.freeze=['encoder/.*']"]
     state = opened(tmp_path, "", values=groups).fresh_state()
-    moments = checkpoint._tensors(state.opt_state)
+    moments = checkpoint_fit.tensors(state.opt_state)
     own = patterns.by_path(state.params)
     for path, leaf in own.items():
         found = [moment for name, moment in moments.items() if name.endswith(f"mu/{path}")]

@@ -274,9 +274,7 @@ def test_data_is_split_over_slices_first(monkeypatch):
         *({0}, {0}),
         *({1}, {1}),
     ]
-    with pytest.raises(
-        UserError, match=r"Mesh\.data = 1 cannot be split over 2 slices.*2, 4, 8"
-    ):
+    with pytest.raises(UserError, match=r"Mesh\.data = 1 cannot be split over 2 slices.*2, 4, 8"):
         sharding.make_mesh(MeshConfig(data=1, fsdp=-1), chips)
     with pytest.raises(UserError, match=r"Mesh\.slices = 4, but the devices are of 2 slices"):
         sharding.make_mesh(MeshConfig(slices=4), chips)

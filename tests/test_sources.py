@@ -9,12 +9,11 @@ import pytest
 import seqio
 
 from mtl_jax.errors import UserError
+from mtl_jax.row_files import count_rows, read_rows
 from mtl_jax.sources import (
     JsonlDataSource,
     ParquetDataSource,
     TsvDataSource,
-    count_rows,
-    read_rows,
 )
 
 
@@ -120,7 +119,7 @@ def test_other_bad_files(tmp_path):
     with pytest.raises(UserError, match=r"cut\.jsonl\.gz cannot be read"):
         JsonlDataSource({"train": tmp_path / "cut.jsonl.gz"}).rows("train")
     (tmp_path / "latin.jsonl").write_bytes('{"a": "é"}\n'.encode("latin-1"))
-    with pytest.raises(UserError, match=r"latin\.jsonl cannot be read: 'utf-8'"):
+    with pytest.raises(UserError, match=r"latin\.jsonl, line 1: not UTF-8"):
         JsonlDataSource({"train": tmp_path / "latin.jsonl"}).rows("train")
 
 
@@ -186,3 +185,55 @@ def test_files_are_read_and_counted_by_their_ending(tmp_path):
     assert read_rows(tmp_path / "a.jsonl")[0][1] == ROWS[0]
     with pytest.raises(UserError, match=r"a\.csv: its name must end with \.jsonl, .*\.parquet"):
         read_rows(write(tmp_path / "a.csv", "x"))
+
+
+# Each line is corrupt in another way; what a stranger may write must not end in a traceback.
+CORRUPT = (
+    b'{"a": "half',
+    b'["a"]',
+    b'{"a": "\xe9"}',
+    b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    b'{"a": ' + b"1" * 5_000 + b"}",
+    b'{"a": "\\ud800"}',
+    b'{"b": "another field"}',
+    b'{"a": 1}',
+)
+
+
+def test_corrupt_rows_are_named_and_left_out_up_to_a_bound(tmp_path, caplog):
+    path = tmp_path / "a.jsonl"
+    good = [b'{"a": "one"}', b'{"a": "two"}']
+    path.write_bytes(b"\n".join([good[0], *CORRUPT, good[1]]) + b"\n")
+    source = JsonlDataSource({"train": path, "validation": path})
+    with pytest.raises(UserError, match=r"a\.jsonl, line 2: not valid JSON"):
+        source.rows("train")
+    source.tolerate("train", len(CORRUPT) - 1)
+    with pytest.raises(UserError, match=r"line 9: .* 7 rows before it .* Data\.max_corrupt"):
+        source.rows("train")
+    caplog.clear()
+    source.tolerate("train", len(CORRUPT))
+    assert list(source.rows("train")) == [{"a": "one"}, {"a": "two"}]
+    assert source.corrupt("train") == len(CORRUPT)
+    for number in range(2, 2 + len(CORRUPT)):
+        assert f"a.jsonl, line {number}: " in caplog.text
+    with pytest.raises(UserError, match="line 2"):  # what is evaluated is never shortened
+        source.rows("validation")
+
+
+@pytest.mark.parametrize("line", CORRUPT, ids=range(len(CORRUPT)))
+def test_each_corrupt_row_is_one_message(tmp_path, line):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"a": "one"}\n' + line + b"\n")
+    with pytest.raises(UserError, match=r"a\.jsonl, line 2"):
+        JsonlDataSource({"train": path}).rows("train")
+
+
+def test_corrupt_rows_of_a_function_and_of_a_table(tmp_path):
+    path = tmp_path / "a.tsv"
+    path.write_text("n\n1\nx\n3\n4\t4\n")
+    source = TsvDataSource({"train": path}, example=lambda row: {"n": int(row["n"])})
+    with pytest.raises(UserError, match=r"line 3: the function `example` fails"):
+        source.rows("train")
+    source.tolerate("train", 2)
+    assert [row["n"] for row in source.rows("train")] == [1, 3]
+    assert source.corrupt("train") == 2

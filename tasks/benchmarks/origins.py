@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from mtl_jax.errors import UserError, suggest
-from mtl_jax.sources import ROW_FILES, count_rows, read_rows
+from mtl_jax.row_files import ROW_FILES, count_rows, read_rows
 from mtl_jax.tasks.benchmarks.fields import Fields, describe_fields, from_text, misfit
 from mtl_jax.tasks.data_folder import data_folder
 
