@@ -110,7 +110,9 @@ def _compare(family, eos_id, config, prefix=None, **options):
     width = MAX_LENGTH
     padded = [[(t + [-1] * width)[:width] for t in row] for row in theirs]
     assert [[(t + [-1] * width)[:width] for t in row] for row in ours] == padded
-    np.testing.assert_allclose(our_scores, their_scores, atol=1e-4)
+    # 1e-4 of a log probability, which a penalty below 0 multiplies by a power of the length.
+    times = MAX_LENGTH ** max(0.0, -options.get("length_penalty", 0.0))
+    np.testing.assert_allclose(our_scores, their_scores, atol=1e-4 * times)
     return ours
 
 
