@@ -20,7 +20,14 @@ from mtl_jax import build, checksums, cli, config, data, logbook, sharding, star
 from mtl_jax.checkpoint import Checkpointer
 from mtl_jax.run_lock import RunLock
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    # Orbax writes many arrays at once; of those that fail it raises the first, closes its event loop
+    # and leaves the others to complain of that at some later time.
+    pytest.mark.filterwarnings(
+        "ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning"
+    ),
+]
 
 STEPS = 12
 BASE = {"Run__steps": STEPS, "Checkpoint__every": 2, "Checkpoint__keep": 20, "Eval__tasks": "()"}
