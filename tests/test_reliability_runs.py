@@ -22,8 +22,8 @@ from mtl_jax.run_lock import RunLock
 
 pytestmark = [
     pytest.mark.slow,
-    # Orbax writes many arrays at once; of those that fail it raises the first, closes its event loop
-    # and leaves the others to complain of that at some later time.
+    # Orbax writes many arrays at once; of those that fail it raises the first and closes its event
+    # loop, of which the others complain at some later time.
     pytest.mark.filterwarnings(
         "ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning"
     ),
