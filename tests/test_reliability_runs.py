@@ -210,7 +210,14 @@ def test_a_full_disk_stops_the_run_and_harms_nothing(new, whole, capsys, monkeyp
 
 def test_a_vanished_directory_stops_the_run(new, whole, capsys, monkeypatch):
     moved = new.with_name(f"{new.name}_moved")
-    at_step(monkeypatch, 7, lambda: new.rename(moved))
+
+    def vanish():
+        deadline = time.monotonic() + 60
+        while not (new / "checkpoints" / "6").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        new.rename(moved)
+
+    at_step(monkeypatch, 7, vanish)
     message = failure(capsys, argv(new))
     assert str(new) in message
     monkeypatch.undo()
