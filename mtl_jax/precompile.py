@@ -32,8 +32,9 @@ from mtl_jax import (
     train,
 )
 from mtl_jax.errors import UserError
+from mtl_jax.storage import replace_text, storage_errors
 
-DOES_NOT_FIT = 2  # exit status
+DOES_NOT_FIT = 3  # exit status; 2 is a command line that is wrong
 CHOICES = 4  # of a row that is scored; more cost nothing but their tokens
 _UNITS = {"B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 # libtpu, of a program as a whole and of one array of it.
@@ -87,6 +88,8 @@ def main(args: argparse.Namespace) -> int:
     # Nothing runs here; and a TPU or GPU that is here is left alone.
     jax.config.update("jax_platforms", "cpu")
     names = precompile_config.programs(args.only)
+    if args.json and not Path(args.json).absolute().parent.is_dir():
+        raise UserError(f"--json={args.json}: there is no folder {Path(args.json).parent}.")
     cfg = config.load_args(args)
     cfg = dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, compile_cache=False))
     if args.without_tasks:
@@ -96,9 +99,10 @@ def main(args: argparse.Namespace) -> int:
     report = as_json(session, args.topology, found)
     if not report["fits"]:
         report |= _search(session, args.topology, found, args.search)
+    print(precompile_report.text(report), flush=True)  # first: minutes went into it
     if args.json:
-        Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
-    print(precompile_report.text(report))
+        with storage_errors("write --json", Path(args.json)):
+            replace_text(Path(args.json), json.dumps(report, indent=1) + "\n")
     return 0 if report["fits"] else DOES_NOT_FIT
 
 
@@ -108,7 +112,7 @@ def _without_tasks(cfg: config.Config) -> config.Config:
         data=dataclasses.replace(cfg.data, mixture="", task_modules=()),
         mixture=type(cfg.mixture)(),
         eval=dataclasses.replace(cfg.eval, tasks=()),
-        checkpoint=dataclasses.replace(cfg.checkpoint, best_metric=""),
+        checkpoint=dataclasses.replace(cfg.checkpoint, best_metric="", keep_best=0),
     )
 
 

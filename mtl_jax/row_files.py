@@ -172,7 +172,8 @@ def read_parquet(path: str) -> list[tuple[int, Example | Corrupt]]:
     with _open_parquet(path) as file:
         try:
             return list(enumerate(file.read().to_pylist(), 1))
-        except (OSError, pyarrow.ArrowException) as error:
+        # Text that is not UTF-8 is an error of Python's.
+        except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
             raise UserError(f"Data file {path} cannot be read: {error}.") from error
 
 

@@ -39,7 +39,7 @@ import numpy as np
 
 from mtl_jax.errors import UserError
 from mtl_jax.storage import append_text, replace_bytes, storage_errors
-from mtl_jax.task_info import TaskInfo, info
+from mtl_jax.task_info import TaskInfo, info, same_examples
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "seqio", "mtl_jax")
 # Variables that change what the command does; they are written in front of it.
@@ -264,19 +264,26 @@ def seen_in_training(
     Args:
       tasks: what is evaluated.
       trained: rows of `trained_on`.
-      by: "dataset", or "family" for a stricter question.
+      by: "dataset", also under another name (`task_info.same_examples`), or "family" for a
+        stricter question.
 
     Returns:
       Names of the trained tasks by name of the evaluated one; those without any are left out.
     """
-    of: dict[str, list[str]] = {}
+
+    def keys(value: str) -> frozenset[int | str]:
+        return same_examples(value) if by == "dataset" else frozenset({value})
+
+    of: dict[int | str, dict[str, None]] = {}  # names in the order of the mixture, each once
     for row in trained:
-        of.setdefault(row[by], []).append(row["task"])
+        for key in keys(row[by]) if row[by] else ():
+            of.setdefault(key, {})[row["task"]] = None
     found = {}
     for task in tasks:
         value = getattr(task, by)
-        if value and value in of:
-            found[task.task] = list(dict.fromkeys(of[value]))
+        seen = {name: None for key in keys(value) for name in of.get(key, ())} if value else {}
+        if seen:
+            found[task.task] = list(seen)
     return found
 
 

@@ -271,7 +271,7 @@ def _check_held_out(given: Sweep, trained: Mapping[str, set[str] | None]) -> Non
         datasets = sorted({info(name).dataset for name in names})
         if not datasets:
             continue
-        text = f"{checkpoint} was trained on {', '.join(datasets)}"
+        text = f"{checkpoint} was trained on examples of {', '.join(datasets)}"
         if given.plan.held_out == "error":
             raise UserError(
                 f"{text}: its results there are not zero-shot. Leave these tasks out of "

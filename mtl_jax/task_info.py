@@ -1,8 +1,40 @@
 """What a task is about: its dataset, prompt and family. Results are grouped by these names."""
 
+import fnmatch
 from dataclasses import dataclass
 
 from mtl_jax.errors import UserError
+
+# Datasets whose examples are the same, or are made of one another's, though their names differ: who
+# trained on one has seen the others. Of Super-NaturalInstructions as their task names tell.
+_SAME_EXAMPLES = (
+    ("glue_rte", "super_glue_rte", "sni_task*_rte_*"),
+    ("glue_wnli", "super_glue_wsc*", "sni_task*_wsc_*", "sni_task*_mwsc_*"),
+    ("super_glue_copa", "sni_task*_superglue_copa_*", "sni_task*glecopa_*"),
+    ("super_glue_multirc", "sni_task*_multirc_*"),
+    ("super_glue_boolq", "sni_task*_boolq_*"),
+    ("super_glue_wic", "sni_task*_xlwic_*", "sni_task*_wic_*"),
+    ("super_glue_record", "sni_task*_record_*"),
+    ("squad", "squad_v2", "glue_qnli", "sni_task*_squad*", "sni_task*_qnli_*"),
+    ("glue_sst2", "sni_task*_sst2_*"),
+    ("glue_mnli", "sni_task*_mnli_*"),
+    ("mmlu", "mmlu_*", "sni_task*_mmmlu_*"),
+    ("winogrande*", "sni_task*_winogrande_*"),
+    ("story_cloze*", "sni_task*_storycloze_*", "sni_task*_story_cloze_*"),
+    ("hellaswag", "sni_task*_hellaswag_*"),
+    ("yelp_polarity", "yelp_review_full", "sni_task*_yelp_*"),
+    ("imdb", "sni_task*_imdb_*"),
+    ("xsum", "sni_task*_xsum_*"),
+    ("cnn_dailymail*", "sni_task*_cnn_*"),
+    ("cosmos_qa", "sni_task*_cosmosqa_*"),
+    ("commonsense_qa", "ecqa", "sni_task*_commonsenseqa_*"),
+    ("quoref", "sni_task*_quoref_*"),
+    ("ropes", "sni_task*_ropes_*"),
+    ("sciq", "sni_task*_sciq_*"),
+    ("qasc", "sni_task*_qasc_*", "sni_task*_eqasc_*"),
+    ("gigaword", "sni_task*_gigaword_*"),
+    ("kilt_tasks_hotpotqa", "sni_task*_hotpotqa_*"),
+)
 
 
 @dataclass(frozen=True)
@@ -64,6 +96,16 @@ def describe(
 def info(task: str) -> TaskInfo:
     """Returns what is known of a task; a task nobody described is its own dataset."""
     return _INFOS.get(task) or TaskInfo(task=task, dataset=task)
+
+
+def same_examples(dataset: str) -> frozenset[int | str]:
+    """Returns what two names of datasets have in common if examples of one are in the other.
+
+    Names known for it are in a table, the others are equal to themselves alone.
+    """
+    groups = enumerate(_SAME_EXAMPLES)
+    found = {n for n, globs in groups if any(fnmatch.fnmatchcase(dataset, g) for g in globs)}
+    return frozenset({dataset, *found})
 
 
 def described() -> dict[str, TaskInfo]:

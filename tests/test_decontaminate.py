@@ -194,3 +194,17 @@ def test_the_guard_knows_what_a_run_and_its_ancestors_were_trained_on(tmp_path):
     seen = seen_in_training(evaluated, trained_on(second))
     assert seen == {"rte_b": ["nli_a"], "qqp": ["old_qqp"]}
     assert trained_on(tmp_path / "nothing") is None
+
+
+def test_the_guard_knows_a_dataset_by_its_other_names():
+    trained = [
+        mixture_row("a", "glue_rte"),
+        mixture_row("b", "sni_task664_mmmlu_answer_generation_abstract_algebra"),
+        mixture_row("c", "glue_qnli"),
+        mixture_row("d", "glue_mnli"),
+    ]
+    names = ("super_glue_rte", "mmlu", "squad_v2", "super_glue_cb", "anli_r1", "bbh_navigate")
+    evaluated = [TaskInfo(f"{name}_eval", name) for name in names]
+    assert seen_in_training(evaluated, trained) == {
+        "super_glue_rte_eval": ["a"], "mmlu_eval": ["b"], "squad_v2_eval": ["c"],
+    }  # fmt: skip

@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mtl_jax import config, fitting, hlo, precompile, precompile_config, precompile_report, sharding
+from mtl_jax import (
+    cli,
+    config,
+    fitting,
+    hlo,
+    precompile,
+    precompile_config,
+    precompile_report,
+    sharding,
+)
 from mtl_jax.errors import UserError
 
 # Layers in a loop of 24 rounds; in each a gather in three pieces, the middle one in a loop of 8
@@ -257,6 +266,19 @@ def test_programs_are_chosen_by_name():
         precompile_config.programs("train,decod")
     with pytest.raises(UserError, match="names no program"):
         precompile_config.programs(" , ")
+
+
+def test_a_run_without_its_tasks_keeps_no_best_checkpoint():
+    asked = ["Checkpoint.keep_best=1", "Checkpoint.best_metric='average/accuracy'"]
+    given = config.load(["models/t5_1_1_xl.gin"], asked)
+    made = precompile._without_tasks(given)
+    assert (made.checkpoint.keep_best, made.checkpoint.best_metric) == (0, "")
+
+
+def test_a_report_that_could_not_be_written_is_known_before_anything_is_compiled(tmp_path, capsys):
+    words = ["precompile", "--gin_file=models/t5_1_1_tiny.gin", "--topology=v5e:2x2"]
+    assert cli.main([*words, f"--json={tmp_path}/none/found.json"]) == 1
+    assert "none/found.json: there is no folder" in capsys.readouterr().err
 
 
 def test_a_report_tells_what_does_not_fit_and_what_would():

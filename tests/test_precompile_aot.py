@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from mtl_jax import config, model, optim, sharding
+from mtl_jax import config, model, optim, precompile, sharding
 from mtl_jax.sharding import MeshConfig
 
 pytestmark = pytest.mark.aot
@@ -40,7 +40,7 @@ def precompiled(folder, *flags, start=(sys.executable, "-m", "mtl_jax")):
         *(f"--gin.Run.directory={folder / 'run'}", *flags),
     ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode in (0, 2), done.stderr
+    assert done.returncode in (0, precompile.DOES_NOT_FIT), done.stderr
     assert not (folder / "run").exists()
     return done.returncode, json.loads(path.read_text()), done.stdout
 
@@ -133,7 +133,7 @@ def test_what_does_not_fit_is_refused_with_values_that_do(tmp_path):
         *(tmp_path, *SMALL, "--gin.Data.batch_size=256", "--only=train"),
         start=(sys.executable, "-c", LITTLE_MEMORY),
     )
-    assert status == 2
+    assert status == precompile.DOES_NOT_FIT
     assert not found["fits"]
     assert found["programs"][0]["needed"] > 60 * 2**20
     assert found["suggestion"], found["tried"]

@@ -381,7 +381,7 @@ def test_a_heat_map_greys_noise_and_leaves_unknown_cells_empty():
 class Page(html.parser.HTMLParser):
     """Checks that tags are balanced and gathers links and text."""
 
-    VOID = ("meta", "br")
+    VOID = ("meta", "br", "wbr")
 
     def __init__(self, text):
         super().__init__()

@@ -168,6 +168,12 @@ def test_parquet(tmp_path):
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(UserError, match=r"a\.parquet cannot be read: "):
         ParquetDataSource({"train": path}).rows("train")
+    # Called text, but it is not UTF-8.
+    raw = pyarrow.array([b"\xff\xfe"], pyarrow.binary()).buffers()
+    text = pyarrow.Array.from_buffers(pyarrow.string(), 1, raw)
+    pyarrow.parquet.write_table(pyarrow.table({"text": text}), path)
+    with pytest.raises(UserError, match=r"a\.parquet cannot be read: 'utf-8'"):
+        read_rows(path)
 
 
 def test_files_are_read_and_counted_by_their_ending(tmp_path):
