@@ -1,6 +1,6 @@
 """Rank classification: choices packed behind one encoding, against an encoding for every choice.
 
-    python benchmarks/sweep.py                 # a quarter of an hour on 2 cores; needs torch, transformers
+    python benchmarks/sweep.py                 # 14 minutes on 2 cores; needs torch, transformers
     python benchmarks/sweep.py --tiny          # small, to see that it works
 
 Examples of 256 input tokens and four choices of 2 to 8 tokens are scored by a T5 1.1 small in
