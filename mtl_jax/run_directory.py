@@ -388,8 +388,10 @@ def _aligned(rows: Iterable[Sequence[str]]) -> list[str]:
     return [lines[0], "-" * len(lines[0]), *lines[1:]]
 
 
-def enable_compile_cache(run_directory: str | Path, *, enabled: bool = True) -> Path | None:
+def enable_compile_cache(run_directory: str | Path, *, enabled: bool = True) -> str | None:
     """Lets XLA keep compiled programs beside the run directories, so that a second start is quick.
+
+    JAX's own environment variables, such as JAX_COMPILATION_CACHE_DIR, win.
 
     Args:
       run_directory: the run's folder; the cache is the folder `.jax_cache` beside it, shared by all
@@ -402,12 +404,14 @@ def enable_compile_cache(run_directory: str | Path, *, enabled: bool = True) -> 
     if not enabled:
         jax.config.update("jax_compilation_cache_dir", None)
         return None
-    folder = Path(run_directory).expanduser().absolute().parent / ".jax_cache"
+    own = Path(run_directory).expanduser().absolute().parent / ".jax_cache"
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(own)  # it may be gs://...
     settings: Mapping[str, Any] = {
-        "jax_compilation_cache_dir": str(folder),
+        "jax_compilation_cache_dir": folder,
         "jax_persistent_cache_min_compile_time_secs": 0.5,
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }
     for name, value in settings.items():
-        jax.config.update(name, value)
+        if name == "jax_compilation_cache_dir" or name.upper() not in os.environ:
+            jax.config.update(name, value)
     return folder

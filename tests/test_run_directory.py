@@ -229,7 +229,7 @@ def test_model_info_counts_parameters_and_bytes_per_device():
     assert lines[-1] == "392 parameters in 2 tensors, 1,552 bytes, 208 bytes per device"
 
 
-def test_the_compile_cache_lies_beside_the_runs(tmp_path):
+def test_the_compile_cache_lies_beside_the_runs(tmp_path, monkeypatch):
     names = (
         "jax_compilation_cache_dir",
         "jax_persistent_cache_min_compile_time_secs",
@@ -237,11 +237,19 @@ def test_the_compile_cache_lies_beside_the_runs(tmp_path):
     )
     before = {name: getattr(jax.config, name) for name in names}
     try:
+        monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
         folder = run_directory.enable_compile_cache(tmp_path / "runs" / "one")
-        assert folder == tmp_path / "runs" / ".jax_cache"
-        assert jax.config.jax_compilation_cache_dir == str(folder)
+        assert folder == str(tmp_path / "runs" / ".jax_cache")
+        assert jax.config.jax_compilation_cache_dir == folder
         assert run_directory.enable_compile_cache(tmp_path / "runs" / "one", enabled=False) is None
         assert jax.config.jax_compilation_cache_dir is None
+        # Who has one for all runs says so in JAX's own way.
+        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "gs://bucket/cache")
+        monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "7")
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 7.0)
+        run_directory.enable_compile_cache(tmp_path / "runs" / "one")
+        assert jax.config.jax_compilation_cache_dir == "gs://bucket/cache"
+        assert jax.config.jax_persistent_cache_min_compile_time_secs == 7.0
     finally:
         for name, value in before.items():
             jax.config.update(name, value)
