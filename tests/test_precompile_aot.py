@@ -96,6 +96,18 @@ def test_layers_sum_over_the_axis_tensor(small):
     assert train["all-reduce"]["times"] >= 2 * 2 + 2 * 3
 
 
+def test_the_gpus_of_one_machine_are_a_target(tmp_path):
+    if reason := aot.missing("h100"):
+        pytest.skip(reason)
+    status, found, _ = precompiled(tmp_path, *SMALL, "--topology=h100:4", "--only=train")
+    (program,) = found["programs"]
+    assert (status, found["attention"]) == (0, "pallas_gpu")
+    assert program["kernels"] > 0
+    assert program["collectives"]["all-gather"]["times"] > 0
+    assert found["chip"]["usable"] == 60 * 2**30
+    assert 0 < program["needed"] < 2**30
+
+
 def test_a_run_whose_data_is_elsewhere_is_compiled_without_its_tasks(tmp_path, monkeypatch):
     monkeypatch.delenv("MTL_JAX_DATA", raising=False)
     flags = [flag for flag in SMALL if "mixtures" not in flag]
