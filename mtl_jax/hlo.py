@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 
 KINDS = ("all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute")
+BETWEEN_SLICES = "between slices "  # before the kind of those over a data-centre network
 KERNEL_CALLS = ("tpu_custom_call", "__gpu$xla.gpu.triton")  # of Pallas
 _BITS = {"pred": 8, "token": 0, "opaque": 0, "s4": 4, "u4": 4, "c64": 64, "c128": 128}
 # Arguments of a computation that it calls; the end of an asynchronous call repeats its start.
@@ -20,6 +21,9 @@ _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _CALL_ENDS = ("async-update", "async-done")
 # Fusions of the TPU compiler that sum over devices and keep a part of the sum.
 _FUSED_SCATTER = "all-reduce-scatter"
+# How libtpu writes the part of a collective that goes from slice to slice, through the hosts.
+_MEGASCALE = re.compile(r'_xla_megascale_transfer_type="([A-Z_]+)"')
+_MEGASCALE_TARGET = re.compile(r'_xla_megascale_target="\{([\d,]+)\}')
 _PASSED_ON = ("copy", "bitcast", "convert", "reshape", "copy-start", "copy-done", "opt-barrier")
 
 
@@ -59,7 +63,7 @@ class Collective:
     """A communication among devices.
 
     Attributes:
-      kind: a name of `KINDS`.
+      kind: a name of `KINDS`, after `BETWEEN_SLICES` where it goes over a data-centre network.
       type: of its result, without layouts, such as "f32[32,12]".
       bytes: of its result on one device, each time.
       group: how many devices take part in one.
@@ -75,8 +79,18 @@ class Collective:
     counted: bool
 
     @property
+    def between_slices(self) -> bool:
+        """Whether it goes over a data-centre network."""
+        return self.kind.startswith(BETWEEN_SLICES)
+
+    @property
     def sent_bytes(self) -> float:
-        """What a device sends at least, all times together, by the ring algorithms."""
+        """What a device sends at least, all times together: by the ring algorithms in a slice.
+
+        To other slices it hands its array to its host, which does the rest.
+        """
+        if self.between_slices:
+            return float(self.bytes * self.times)
         others = (self.group - 1) / self.group
         share = {
             "all-reduce": 2 * others,
@@ -120,6 +134,10 @@ class Program:
         found: dict[str, Collective] = {}
         for computation, (times, counted) in self._times(unknown_trips).items():
             for instruction in self.computations[computation].values():
+                if (sent := _between_slices(instruction)) is not None:
+                    found[f"{computation}/{instruction.name}"] = dataclasses.replace(
+                        sent, times=times, counted=counted
+                    )
                 kind = instruction.opcode.removesuffix("-done")
                 if kind not in KINDS:
                     continue
@@ -308,6 +326,18 @@ def by_kind(collectives: list[Collective]) -> dict[str, Mapping[str, int | float
         row["bytes"] += one.bytes * one.times
         row["sent_bytes"] += one.sent_bytes
     return dict(sorted(found.items()))
+
+
+def _between_slices(instruction: Instruction) -> Collective | None:
+    """The part of a collective that goes from slice to slice, seen at its `send`; run once."""
+    kind = _MEGASCALE.search(instruction.rest)
+    if instruction.opcode != "send" or kind is None:
+        return None
+    array = re.sub(r"\{[^{}]*\}|/\*.*?\*/", "", instruction.type).strip("(").split(", ")[0]
+    listed = _MEGASCALE_TARGET.search(instruction.rest)
+    slices = listed[1].count(",") + 1 if listed else 2
+    name = BETWEEN_SLICES + kind[1].lower().replace("_", "-")
+    return Collective(name, array, bytes_of(array), slices, 1, True)
 
 
 def _callees(instruction: Instruction) -> Iterator[str]:

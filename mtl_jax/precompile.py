@@ -94,9 +94,9 @@ def main(args: argparse.Namespace) -> int:
     cfg = dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, compile_cache=False))
     if args.without_tasks:
         cfg = _without_tasks(cfg)
-    session = build.build(cfg, devices=targets.devices(args.topology))
+    session = build.build(cfg, devices=targets.devices(args.topology, args.slices))
     found = [_compiled(session, name, args.topology) for name in names]
-    report = as_json(session, args.topology, found)
+    report = as_json(session, args.topology, args.slices, found)
     if not report["fits"]:
         report |= _search(session, args.topology, found, args.search)
     print(precompile_report.text(report), flush=True)  # first: minutes went into it
@@ -219,7 +219,9 @@ def _described(
     if (peak := flops.peak_flops(session.mesh.devices.flat[0].device_kind)) is not None:
         bounds["compute"] = work / session.mesh.size / peak
     bounds["memory"] = _least_traffic(session, name, made) / chip.bandwidth
-    bounds["network"] = sum(one.sent_bytes for one in collectives) / chip.link
+    # What goes between slices has a network of its own, whose speed is nobody's to promise.
+    links = (one for one in collectives if not one.between_slices)
+    bounds["network"] = sum(one.sent_bytes for one in links) / chip.link
     return Program(
         name=name,
         seconds=taken[0],
@@ -329,7 +331,9 @@ def _search(
     return {"suggestion": None, "tried": tried}
 
 
-def as_json(session: build.Session, topology: str, found: list[Program]) -> dict[str, Any]:
+def as_json(
+    session: build.Session, topology: str, slices: int, found: list[Program]
+) -> dict[str, Any]:
     """All that is told, as values of JSON."""
     cfg, chip = session.config, targets.chip(topology)
     versions = {"jax": jax.__version__}
@@ -340,6 +344,7 @@ def as_json(session: build.Session, topology: str, found: list[Program]) -> dict
             continue
     return {
         "topology": topology,
+        "slices": slices,
         "device": session.mesh.devices.flat[0].device_kind,
         "chip": dataclasses.asdict(chip),
         "versions": versions,

@@ -17,6 +17,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "NVIDIA GPUs of one machine (h100:8, h200:8)",
     )
     parser.add_argument(
+        "--slices",
+        type=int,
+        default=1,
+        metavar="N",
+        help="of that TPU topology, joined by a data-centre network; default: %(default)s",
+    )
+    parser.add_argument(
         "--only",
         default=",".join(PROGRAMS),
         metavar="NAMES",

@@ -9,8 +9,10 @@ def text(report: dict[str, Any]) -> str:
     mesh = " x ".join(f"{axis} {size}" for axis, size in report["mesh"].items())
     chip, batch, evaluation = report["chip"], report["batch"], report["evaluation"]
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    slices = f"{report['slices']} slices of " if report["slices"] > 1 else ""
     lines = [
-        f"T5 with {report['parameters']:,} parameters on {report['topology']} ({report['device']})",
+        f"T5 with {report['parameters']:,} parameters on {slices}{report['topology']} "
+        f"({report['device']})",
         f"Mesh: {mesh}; remat {report['remat']}; {report['dtype']}; {report['optimizer']}",
         f"Attention: {report['attention']}",
         f"Training: {batch['rows']} rows of {batch['inputs_length']} + {batch['targets_length']} "
@@ -110,7 +112,7 @@ def _collective_lines(programs: list[dict[str, Any]]) -> list[str]:
     for program in programs:
         for kind, row in program["collectives"].items():
             lines.append(
-                f"  {program['name']:<7}{kind:<20}{row['times']:>9,} times"
+                f"  {program['name']:<7}{kind:<26}{row['times']:>9,} times"
                 f"{_size(row['bytes']):>12} of results{_size(row['sent_bytes']):>12} sent"
             )
         if program["uncounted"]:

@@ -157,31 +157,35 @@ def chip(target: str) -> Chip:
     return Chip(memory, int(_GPU_SHARE * memory), bandwidth, _NVLINK)
 
 
-def devices(target: str) -> list[Any]:
+def devices(target: str, slices: int = 1) -> list[Any]:
     """The devices of a machine that need not be present.
 
     Args:
       target: a TPU topology, such as "v5e:4x4", or a GPU kind and how many, such as "h100:8".
+      slices: how many such TPU slices, joined by a data-centre network.
 
     Raises:
       UserError: as in `tpu_devices` and `cuda_devices`.
     """
     kind, colon, count = target.partition(":")
     if kind not in GPU_KINDS:
-        return tpu_devices(target)
+        return tpu_devices(target, slices)
+    if slices != 1:
+        raise UserError(f"Target {target!r}: only TPUs come in several slices, not {slices} of it.")
     if colon and not re.fullmatch(r"[1-9]\d*", count):
         raise UserError(f"Target {target!r}: a number of GPUs stands after the colon: {kind}:8.")
     return cuda_devices(kind, int(count or 1))
 
 
-def tpu_devices(topology: str) -> list[Any]:
-    """The devices of a TPU slice, to compile for only; one per chip.
+def tpu_devices(topology: str, slices: int = 1) -> list[Any]:
+    """The devices of a TPU slice or of several, to compile for only; one per chip.
 
     Args:
       topology: kind and torus of chips, such as "v5e:2x2" or "v4:4x4x8".
+      slices: how many slices of that topology.
 
     Raises:
-      UserError: an unknown kind or torus, or no libtpu.
+      UserError: an unknown kind or torus, no slice, or no libtpu.
     """
     kind, _, torus = topology.partition(":")
     if kind not in TPU_KINDS:
@@ -195,7 +199,9 @@ def tpu_devices(topology: str) -> list[Any]:
         raise UserError(f"Target {topology!r}: write kind and torus of chips as in {example}.")
     if not (_found("libtpu") or os.environ.get("TPU_LIBRARY_PATH")):
         raise UserError(f"Target {topology!r} needs libtpu; {INSTALL}")
-    options: dict[str, Any] = {}
+    if slices < 1:
+        raise UserError(f"Target {topology!r}: at least one slice, not {slices}.")
+    options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
     if kind == "v4":
         # As Cloud TPU runs it: the two cores of a chip are one device.
         options["chip_config_name"] = "megacore"

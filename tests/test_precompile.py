@@ -208,6 +208,31 @@ def run(**values):
 SIZES = {"data": 64, "fsdp": 1, "tensor": 1}
 
 
+# Of libtpu 0.0.42: a sum over two slices of four chips.
+MEGASCALE = """
+HloModule jit_step, is_scheduled=true
+
+ENTRY %main (x: f32[1,128]) -> f32[1,128] {
+  %x = f32[1,128]{1,0:T(1,128)} parameter(0)
+  %after-all = token[] after-all(), frontend_attributes={MegascaleRendezvousKeyName="all-reduce_0"}
+  %all-reduce.1 = f32[1,128]{1,0:T(1,128)} all-reduce(%x), channel_id=1, replica_groups={{0,1,2,3}}, use_global_device_ids=true, to_apply=%sum
+  %send = (f32[1,128]{1,0:T(1,128)}, u32[], token[]) send(%all-reduce.1, %after-all), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_host_transfer_rendezvous="all-reduce_0",_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %recv = (f32[1,128]{1,0:T(1,128)}, u32[], token[]) recv(%after-all), channel_id=1, is_host_transfer=true, frontend_attributes={_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %send-done = token[] send-done(%send), channel_id=2, is_host_transfer=true
+  %recv-done = (f32[1,128]{1,0:T(1,128)}, token[]) recv-done(%recv), channel_id=1, is_host_transfer=true
+  ROOT %got = f32[1,128]{1,0:T(1,128)} get-tuple-element(%recv-done), index=0
+}
+"""  # noqa: E501
+
+
+def test_what_goes_between_slices_is_told_apart():
+    within, between = hlo.Program(MEGASCALE).collectives(8)
+    assert (within.kind, within.group, within.sent_bytes) == ("all-reduce", 4, 2 * 3 / 4 * 512)
+    assert (between.kind, between.group) == ("between slices all-reduce", 2)
+    assert (between.bytes, between.sent_bytes) == (512, 512.0)
+    assert (within.between_slices, between.between_slices) == (False, True)
+
+
 def test_choices_are_legal_and_the_cheap_come_first():
     cfg = run(Eval__batch_size=128)
     cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, batch_size=512))
@@ -284,7 +309,8 @@ def test_a_report_that_could_not_be_written_is_known_before_anything_is_compiled
 def test_a_report_tells_what_does_not_fit_and_what_would():
     program = precompile.Program("train", 12.0, 20.0, 30 * 2**30, fits=False, refusal="too large")
     report = {
-        **{"topology": "v5e:2x2", "device": "TPU v5 lite", "parameters": 5, "attention": "naive"},
+        **{"topology": "v5e:2x2", "slices": 1, "device": "TPU v5 lite", "parameters": 5},
+        "attention": "naive",
         **{"remat": "none", "dtype": "float32", "optimizer": "adafactor", "mixture": ""},
         "chip": {"memory": 16 * 2**30, "usable": 15 * 2**30},
         "versions": {"jax": "1.2"},

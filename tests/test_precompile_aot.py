@@ -96,6 +96,24 @@ def test_layers_sum_over_the_axis_tensor(small):
     assert train["all-reduce"]["times"] >= 2 * 2 + 2 * 3
 
 
+def test_slices_of_a_data_centre_network_sum_their_gradients(tmp_path, small):
+    """Two slices hold a copy of the model each: once a step all gradients go between them."""
+    flags = (*SMALL, "--slices=2", "--gin.Mesh.data=2", "--only=train")
+    status, found, text = precompiled(tmp_path, *flags)
+    (program,) = found["programs"]
+    assert (status, found["slices"]) == (0, 2)
+    assert "on 2 slices of v5e:2x2" in text
+    assert found["mesh"] == {"data": 2, "fsdp": 2, "tensor": 2}
+    between = {k: row for k, row in program["collectives"].items() if "between slices" in k}
+    parameters = program["memory"]["parameters"]
+    # Every gradient once, shard by shard, in float32 or in part bfloat16.
+    summed = between["between slices all-reduce"]["sent_bytes"]
+    assert parameters / 2 <= summed <= 1.2 * parameters
+    # Rows of one slice that others need; no parameter, which all slices have.
+    assert sum(row["sent_bytes"] for row in between.values()) - summed < parameters / 2
+    assert parameters == small[1]["programs"][0]["memory"]["parameters"]
+
+
 def test_the_gpus_of_one_machine_are_a_target(tmp_path):
     if reason := aot.missing("h100"):
         pytest.skip(reason)
