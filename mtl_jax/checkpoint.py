@@ -8,9 +8,12 @@ is deleted only after a newer one is complete. The newest is never deleted.
 """
 
 import contextlib
+import errno
 import logging
 import math
+import os
 import re
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,10 +25,12 @@ import orbax.checkpoint as ocp
 from mtl_jax import checksums, processes
 from mtl_jax.checkpoint_config import CheckpointConfig
 from mtl_jax.checkpoint_fit import PARAMS, check, is_param, tensors
+from mtl_jax.checkpoint_manager import ITEMS, MEASURED, Manager, save_args_of
 from mtl_jax.errors import UserError, suggest
 from mtl_jax.storage import (
     RETRY_SECONDS,
-    place_on_disk,
+    Place,
+    first_line,
     refused,
     said,
     storage_errors,
@@ -34,8 +39,6 @@ from mtl_jax.storage import (
 
 __all__ = ["CheckpointConfig", "Checkpointer", "DamagedCheckpoint", "locate"]
 
-_ITEMS = ("state", "data_state", "meta")
-_CHUNK_BYTES = 1 << 26
 _log = logging.getLogger(__name__)
 
 
@@ -88,19 +91,48 @@ class Checkpointer:
         self._writing: int | None = None  # the step of the save whose end has not been seen
         self._failures = 0  # in a row
         self._try_again: float | None = None  # from when on
-        self._place_on_disk: tuple[int, int] | None = None
+        self._opened: Place | None = None
         self._open()
 
     def _open(self) -> None:
         with storage_errors("open the folder of checkpoints", self.directory):
-            self._manager = ocp.CheckpointManager(
-                self.directory, options=self._options(), item_handlers=self._item_handlers()
+            self._manager = Manager(
+                *(self.directory, self._cfg, self._there, self._end_job), read_only=self._read_only
             )
-            self._place_on_disk = self._place_on_disk or place_on_disk(self.directory)
+            if self._opened is None:
+                mark = not self._read_only and processes.primary()
+                self._opened = Place(self.directory, mark=mark)
 
     def _there(self) -> bool:
         """Whether the folder is the one that was opened: Orbax would make another in its place."""
-        return place_on_disk(self.directory) == self._place_on_disk
+        return self._opened is None or self._opened.same()
+
+    @contextlib.contextmanager
+    def _errors(self, action: str) -> Iterator[None]:
+        """One clear UserError for what the storage refuses; `action`: see `storage_errors`."""
+        try:
+            with storage_errors(action, self.directory):
+                yield
+        except Exception as error:
+            # What Orbax and tensorstore say of it depends on where it hits them.
+            if self._there():
+                raise
+            raise UserError(
+                f"Could not {action}: the folder {self.directory} has vanished. Was it moved? The "
+                "same command continues from what is in its place."
+            ) from error
+
+    def _end_job(self, error: Exception) -> None:
+        """Ends a job of several processes, whose others wait for the save that has failed here."""
+        if not processes.several():
+            return
+        try:
+            with self._errors(f"save the checkpoint of step {self._writing}"):
+                raise error
+        except Exception as told:
+            reason = str(told) if isinstance(told, UserError) else first_line(told)
+        print(f"mtl-jax: process {processes.place()} stops: {reason}", file=sys.stderr)
+        processes.abort(1)
 
     def save(
         self,
@@ -132,11 +164,9 @@ class Checkpointer:
           UserError: a newer checkpoint exists, `best_metric` is not among `metrics`, the folder has
             vanished, or this or the previous background save could not be written.
         """
-        if not self._there():
-            raise UserError(
-                f"Could not save the checkpoint of step {step}: the folder {self.directory} has "
-                "vanished. Was it moved? The same command continues from what is in its place."
-            )
+        with self._errors(f"save the checkpoint of step {step}"):
+            if not self._there():
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
         steps = self.steps()
         if step in steps:
             return False
@@ -145,20 +175,22 @@ class Checkpointer:
                 f"Cannot save step {step}: {self.directory} already holds the later step "
                 f"{steps[-1]}. Continue from that one, or train into a new run directory."
             )
+        best = self._best_metric(metrics)
         items = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(state, save_args=jax.tree.map(_save_args, state)),
+            state=ocp.args.PyTreeSave(state, save_args=jax.tree.map(save_args_of, state)),
             data_state=ocp.args.JsonSave(dict(data_state)),
             meta=ocp.args.JsonSave(dict(meta)),
+            **({MEASURED: ocp.args.JsonSave(best)} if best else {}),
         )
-        best = self._best_metric(metrics)
         # A failure of the save before is overtaken by this one.
         self.lost()
         while True:
-            with storage_errors(f"save the checkpoint of step {step}", self.directory):
+            with self._errors(f"save the checkpoint of step {step}"):
                 try:
+                    self._writing = step
                     # `force`, because the decision to save has been made by the caller.
                     self._manager.save(step, args=items, metrics=best, force=True)
-                    self._writing, self._try_again = step, None
+                    self._try_again = None
                     if wait:
                         self._settle()
                     return True
@@ -175,7 +207,7 @@ class Checkpointer:
         """
         step = self._writing
         if step is not None and not self._manager.is_saving_in_progress():
-            with storage_errors(f"save the checkpoint of step {step}", self.directory):
+            with self._errors(f"save the checkpoint of step {step}"):
                 try:
                     self._settle()
                 except Exception as error:
@@ -184,9 +216,11 @@ class Checkpointer:
 
     def _settle(self) -> None:
         """Waits for the background save; raises what it failed with."""
-        step, self._writing = self._writing, None
-        self._manager.wait_until_finished()
-        self._manager.check_for_errors()
+        try:
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+        finally:
+            step, self._writing = self._writing, None
         if step is not None:
             self._failures = 0
 
@@ -194,13 +228,14 @@ class Checkpointer:
         """Seconds to wait before another try; raises `error` where none can help."""
         self._writing = None
         # Several processes would have to agree on it: their job ends and is started again.
-        if not transient(error) or processes.several() or self._failures == len(RETRY_SECONDS):
+        hopeless = not transient(error) or self._failures == len(RETRY_SECONDS)
+        if hopeless or processes.several() or not self._there():
             raise error
         seconds = RETRY_SECONDS[self._failures]
         self._failures += 1
         _log.warning(
             "could not save the checkpoint of step %d (%s): trying again in %g s",
-            *(step, _first_line(error), seconds),
+            *(step, first_line(error), seconds),
         )
         # What the failed save has left is removed, and forgotten.
         with contextlib.suppress(Exception):
@@ -281,7 +316,7 @@ class Checkpointer:
 
     def wait(self) -> None:
         """Blocks until the background save is complete; raises UserError if it failed."""
-        with storage_errors("finish a checkpoint", self.directory):
+        with self._errors("finish a checkpoint"):
             self._settle()
 
     def close(self) -> None:
@@ -289,47 +324,14 @@ class Checkpointer:
         try:
             self.wait()
         finally:
-            self._manager.close()
+            with self._errors("finish a checkpoint"):
+                self._manager.close()
 
     def __enter__(self) -> "Checkpointer":
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-    def _item_handlers(self) -> dict[str, Any]:
-        kinds = ocp.PyTreeCheckpointHandler, ocp.JsonCheckpointHandler, ocp.JsonCheckpointHandler
-        made = [checksums.listing(kind(), self._there) for kind in kinds]
-        return dict(zip(_ITEMS, made, strict=True))
-
-    def _options(self) -> ocp.CheckpointManagerOptions:
-        if self._read_only:
-            return ocp.CheckpointManagerOptions(read_only=True)
-        cfg = self._cfg
-        policies = ocp.checkpoint_managers
-        rules: list[Any] = [policies.LatestN(n=cfg.keep)]
-        if cfg.keep_best:
-            rules.append(
-                policies.BestN(
-                    get_metric_fn=self._read_best_metric,
-                    reverse=cfg.best_mode == "min",
-                    n=cfg.keep_best,
-                    keep_checkpoints_without_metrics=False,
-                )
-            )
-        if cfg.keep_every:
-            rules.append(policies.EveryNSteps(interval_steps=cfg.keep_every))
-        return ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy(rules),
-            # Orbax stores metrics only where a `best_fn` is given; the policy above decides.
-            best_fn=self._read_best_metric if cfg.keep_best else None,
-            best_mode=cfg.best_mode,
-            enable_async_checkpointing=cfg.asynchronous,
-            cleanup_tmp_directories=True,
-        )
-
-    def _read_best_metric(self, metrics: Mapping[str, float]) -> float:
-        return float(metrics[self._cfg.best_metric])
 
     def _best_metric(self, metrics: Mapping[str, float] | None) -> dict[str, float] | None:
         """Returns the one metric to store; a value that is not finite can never be the best."""
@@ -364,7 +366,7 @@ class Checkpointer:
             metadata = self._manager.item_metadata(step).state
             if metadata is None:
                 # Orbax answers so too where the folder may not be read; this raises the reason.
-                list((self.directory / str(step) / _ITEMS[0]).iterdir())
+                list((self.directory / str(step) / ITEMS[0]).iterdir())
                 raise FileNotFoundError("the description of its tensors is missing")
             return tensors(metadata.tree)
 
@@ -408,13 +410,13 @@ class Checkpointer:
             )
             raise DamagedCheckpoint(
                 f"{self._place(step)} cannot be read, its files are damaged or incomplete "
-                f"({_first_line(error)}). {advice}"
+                f"({first_line(error)}). {advice}"
             ) from error
 
     def _place(self, step: int) -> str:
         return f"The checkpoint of step {step} in {self.directory}"
 
-    def verify(self, step: int, items: Sequence[str] = _ITEMS) -> None:
+    def verify(self, step: int, items: Sequence[str] = ITEMS) -> None:
         """Compares the files of a checkpoint with their checksums, once.
 
         In a job of several processes each reads a part of them, and all get the same answer.
@@ -428,10 +430,19 @@ class Checkpointer:
         several = processes.several() and "state" in new  # the others are a few bytes
         with self._damage_errors(step):
             part = (jax.process_index(), jax.process_count()) if several else (0, 1)
-            found = checksums.problem(folders, *part)
-            problems = processes.gather(found) if several else [found]
-            for problem in filter(None, problems):
-                raise ValueError(problem)
+            found, denied = "", False
+            try:
+                found = checksums.problem(folders, *part)
+            except OSError as error:
+                if not several:
+                    raise
+                found, denied = first_line(error), refused(error)
+            of_each = [(found, denied)] if not several else processes.gather((found, denied))
+            for problem, is_denied in of_each:
+                if is_denied:
+                    raise PermissionError(errno.EACCES, problem)
+                if problem:
+                    raise ValueError(problem)
         self._checked.update((step, item) for item in new)
 
     def set_aside(self, steps: Sequence[int]) -> Path:
@@ -458,16 +469,6 @@ class Checkpointer:
         return aside
 
 
-def _save_args(leaf: Any) -> ocp.SaveArgs:
-    """Arrays are cut along their first axis, so that a layer can be read without its stack."""
-    return ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,) if leaf.ndim else ())
-
-
 def _with_sharding(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

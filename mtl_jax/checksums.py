@@ -1,9 +1,9 @@
 """Checksums of a checkpoint's files: what a disk or a copy has damaged is found, not trained on.
 
-Each item of a checkpoint (`state`, `data_state`, `meta`) has its own list, `checksums.json`, with
-the size and the hash of each of its files. It is written before the checkpoint gets its final
-name, so that a complete checkpoint has it. Checkpoints from before there were lists have none, and
-nothing can be said of them.
+Each item of a checkpoint (`state`, `data_state`, `meta`, `measured`) has its own list,
+`checksums.json`, with the size and the hash of each of its files. It is written before the
+checkpoint gets its final name, so that a complete checkpoint has it. Checkpoints from before there
+were lists have none, and nothing can be said of them.
 """
 
 import concurrent.futures
@@ -37,7 +37,8 @@ def write(item: Path) -> None:
         path.relative_to(item).as_posix(): [path.stat().st_size, text]
         for path, text in zip(paths, found, strict=True)
     }
-    replace_text(item / NAME, json.dumps({"blake2b": files}, indent=1) + "\n")
+    # A folder that has vanished by now must not come back with nothing but the list.
+    replace_text(item / NAME, json.dumps({"blake2b": files}, indent=1) + "\n", parents=False)
 
 
 def listing(handler: Any, there: Callable[[], bool]) -> Any:
@@ -79,7 +80,7 @@ def problem(items: Sequence[Path], part: int = 0, parts: int = 1) -> str:
         try:
             files = json.loads((item / NAME).read_text(encoding="utf-8"))["blake2b"]
             wanted += [(item / name, int(size), str(text)) for name, (size, text) in files.items()]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             return f"{item.name}/{NAME} is no list of checksums ({type(error).__name__}: {error})"
     for path, _, _ in wanted:
         if ".." in path.parts or not any(path.is_relative_to(item) for item in items):

@@ -100,6 +100,19 @@ class Logbook:
             newest, self._newest = self._newest, None
             self._fetch(*newest)
 
+    def write(self) -> None:
+        """Reads the newest step too, and writes a line of what has none yet.
+
+        Before each save, so that a run which goes on from there lacks no step. In a job, all
+        processes do so at the same step.
+
+        Raises:
+          UserError, RollBack: as `flush`; or no space left.
+        """
+        self.flush()
+        if self._fetched:
+            self._write()
+
     def _fetch(self, number: int, metrics: dict[str, jax.Array], batch: data.Batch) -> None:
         with self._ledger("step"):
             values = jax.device_get(metrics)
@@ -226,9 +239,7 @@ class Logbook:
           counters: per task, of `TrainStream.counters_by_task`.
           rates: that a method found for the mixture, for rates.json and rates.gin; empty: none.
         """
-        self.flush()
-        if self._fetched:
-            self._write()
+        self.write()
         self._run.write_json("data.json", counters)
         if rates:
             self._run.write_json("rates.json", rates)

@@ -1,9 +1,9 @@
 """One run in a run directory: the second one refuses, and a killed one blocks nobody.
 
 The file `lock` is locked with `flock`, which the system undoes when the process ends in whatever
-way. Storage shared between machines may keep such locks to each machine, so the file also says who
-holds it, and the holder touches it every few seconds: whoever finds another machine's name there
-first watches whether it is still touched. No clocks are compared.
+way. Storage shared between machines may keep such locks to each machine, or have none, so the file
+also says who holds it, and the holder touches it every few seconds: whoever finds there a name that
+the lock says nothing of first watches whether it is still touched. No clocks are compared.
 """
 
 import contextlib
@@ -62,16 +62,19 @@ class RunLock:
         return self
 
     def _take(self) -> None:
+        locked = True
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._refuse(_holder(self._path))
         except OSError as error:
             if error.errno not in _NO_LOCKS:
-                raise  # else only the beats protect it
+                raise
+            locked = False  # so that only the beats protect it
         holder = _holder(self._path)
-        # A process of this machine would hold the lock if it were alive.
-        if holder.get("host") not in (None, socket.gethostname()) and _beats(self._path):
+        # Where there are locks, a process of this machine would hold it if it were alive.
+        unclear = bool(holder) and not (locked and holder.get("host") == socket.gethostname())
+        if unclear and _beats(self._path):
             self._refuse(holder)
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self._write({"host": socket.gethostname(), "pid": os.getpid(), "since": now})

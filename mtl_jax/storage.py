@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import secrets
 import shutil
 import socket
 import threading
@@ -24,6 +25,7 @@ _TRANSIENT = {
     *(errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ECONNRESET, errno.ENOLCK, errno.EREMOTEIO),
 }
 RETRY_SECONDS = (0.5, 2.0, 8.0)  # before the second, third and fourth try of a write
+PLACE = ".place"
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
@@ -34,6 +36,12 @@ def causes(error: BaseException) -> Iterator[BaseException]:
     while cause is not None:
         yield cause
         cause = cause.__cause__ or cause.__context__
+
+
+def first_line(error: BaseException) -> str:
+    """The kind of an error and the beginning of what it says."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
 def said(error: BaseException, status: str) -> bool:
@@ -75,38 +83,60 @@ def retried(action: str, write: Callable[[], _T]) -> _T:
 
 
 def append_text(path: Path, text: str) -> None:
-    """Appends to a file, which is made if its folder is there; what is written is never doubled.
+    """Appends lines to a file, which is made if its folder is there; all of them or nothing.
+
+    What is written is never doubled. A half line at the end, left by a kill, is cut off first:
+    `read_jsonl` does not count it either, and the next line would join it.
+
+    Args:
+      path: the file, which no other process writes to.
+      text: whole lines.
 
     Raises:
       OSError: the file could not be written, or its folder is gone.
     """
     action, rest = f"write {path.name}", text.encode("utf-8")
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
     descriptor = retried(action, lambda: os.open(path, flags, 0o666))
     try:
-        while rest:
-            rest = rest[retried(action, functools.partial(os.write, descriptor, rest)) :]
+        size = os.fstat(descriptor).st_size
+        if size and os.pread(descriptor, 1, size - 1) != b"\n":
+            size = path.read_bytes().rfind(b"\n") + 1
+            os.ftruncate(descriptor, size)
+        try:
+            while rest:
+                rest = rest[retried(action, functools.partial(os.write, descriptor, rest)) :]
+        except OSError:
+            with contextlib.suppress(OSError):  # then the next one cuts it off
+                os.ftruncate(descriptor, size)
+            raise
     finally:
         os.close(descriptor)
 
 
-def replace_text(target: Path, text: str) -> None:
+def replace_text(target: Path, text: str, *, parents: bool = True) -> None:
     """Replaces the file `target` by `text` in one move; see `replace_bytes`."""
-    replace_bytes(target, text.encode("utf-8"))
+    replace_bytes(target, text.encode("utf-8"), parents=parents)
 
 
-def replace_bytes(target: Path, content: bytes) -> None:
+def replace_bytes(target: Path, content: bytes, *, parents: bool = True) -> None:
     """Replaces the file `target` by `content` in one move; a kill leaves the old or the new file.
+
+    Args:
+      target: the file.
+      content: what it shall hold.
+      parents: make its folder where there is none.
 
     Raises:
       OSError: the file could not be written, also not later (`retried`); its old content is still
         there.
     """
-    retried(f"write {target.name}", lambda: _replace_bytes(target, content))
+    retried(f"write {target.name}", lambda: _replace_bytes(target, content, parents))
 
 
-def _replace_bytes(target: Path, content: bytes) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
+def _replace_bytes(target: Path, content: bytes, parents: bool) -> None:
+    if parents:
+        target.parent.mkdir(parents=True, exist_ok=True)
     # Threads, and processes of several hosts, may write the same file of a shared folder at once.
     writer = f"{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}"
     temporary = target.with_name(f".{target.name}.{writer}.tmp")
@@ -120,8 +150,44 @@ def _replace_bytes(target: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def place_on_disk(folder: Path) -> tuple[int, int] | None:
-    """What tells a folder from another one that takes its name; None: there is none."""
+class Place:
+    """Tells a folder from another one that takes its name.
+
+    By its number on the disk; or, as a mounted bucket may number the same folder anew, by a random
+    text in a file of it.
+    """
+
+    def __init__(self, folder: Path, *, mark: bool):
+        """Remembers the folder, which is there.
+
+        Args:
+          folder: which one.
+          mark: write the file, if there is none.
+
+        Raises:
+          OSError: it cannot be written.
+        """
+        self._folder, self._number = folder, _disk_number(folder)
+        self._file, self._text = folder / PLACE, ""
+        if mark and not self._file.exists():
+            replace_text(self._file, f"{secrets.token_hex(8)}\n", parents=False)
+
+    def same(self) -> bool:
+        """Whether the folder of that name is still the one that was remembered."""
+        if _disk_number(self._folder) == self._number:
+            # Here and not above: another process may write it.
+            self._text = self._text or self._read()
+            return True
+        return bool(self._text) and self._read() == self._text
+
+    def _read(self) -> str:
+        try:
+            return self._file.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return ""
+
+
+def _disk_number(folder: Path) -> tuple[int, int] | None:
     try:
         found = folder.stat()
     except FileNotFoundError:

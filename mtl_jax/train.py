@@ -160,9 +160,9 @@ class Training:
                 )
             book.add(number, metrics, batch)
             last = number == cfg.run.steps
-            # Not where an evaluation is due: the run that goes on would never make it up.
             evaluated = bool(self.eval_tasks) and (last or due(number, cfg.eval.every))
-            stop = self.told.reached(number) and not last and not evaluated
+            # After the evaluation, where one is due: the run that goes on would never make it up.
+            stop = self.told.reached(number) and not last
             if not last:
                 with ledger("data"):
                     ahead = next_batch(self.stream, mesh)
@@ -175,7 +175,7 @@ class Training:
                     ahead = ahead if last else next_batch(self.stream, mesh)
             due_now = due(number, cfg.checkpoint.every) or self.checkpointer.lost()
             if last or stop or due_now:
-                book.flush()  # a bad loss must be met before it is saved
+                book.write()  # a bad loss must be met before it is saved
                 with ledger("checkpoint"):
                     position = data.whole_state(batch) | guard.as_json()
                     self.checkpointer.save(

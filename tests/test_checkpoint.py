@@ -337,7 +337,7 @@ def test_kill_in_the_middle_of_an_asynchronous_save(tmp_path):
         # The run goes on: the same step is saved again, and the left-over is gone.
         checkpointer.save(2, {"w": jnp.zeros((2, 2))}, {"position": 2}, {})
         checkpointer.wait()
-        assert {path.name for path in folder.iterdir()} == {"2"}
+        assert {path.name for path in folder.glob("[!.]*")} == {"2"}
 
 
 _REFUSED = """

@@ -58,6 +58,7 @@ ORDER = (
     # What a run leaves behind.
     *(
         "checkpoint",
+        "checkpoint_manager",
         "checkpoint_fit",
         "checksums",
         "restore",

@@ -192,3 +192,15 @@ def test_a_continued_run_drops_what_lies_behind_its_checkpoint(session):
     with Logbook(session, TASK_IDS, Ledger(), first=3, guard=guard_of(session)) as book:
         assert book.step == 3
     assert [line["step"] for line in lines(session)] == [2]
+
+
+def test_all_steps_until_a_save_have_a_line(session, book):
+    """Log_every is 2: without it, a run that is killed and goes on from step 3 lacks that one."""
+    for number in (1, 2, 3):
+        book.add(number, metrics((6.0, 0.0), (number, 0)), batch())
+    book.write()
+    assert [(line["step"], line["target_tokens"]) for line in lines(session)] == [(2, 3), (3, 3)]
+    book.write()
+    book.add(4, metrics((6.0, 0.0), (4, 0)), batch())
+    book.write()
+    assert [line["step"] for line in lines(session)] == [2, 3, 4]

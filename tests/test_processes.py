@@ -12,6 +12,7 @@ import pytest
 import test_train
 
 from mtl_jax import processes, sharding
+from mtl_jax.checkpoint import Checkpointer
 from mtl_jax.errors import UserError
 from mtl_jax.sharding import MeshConfig
 
@@ -20,8 +21,11 @@ STEPS = 6
 VALUES = {"Run__steps": STEPS, "Checkpoint__every": 3, "Data__num_shards": 2}
 
 
-def start_job(folder, count, *, devices=4, **changes):
-    """`mtl-jax train` as so many processes with `devices` devices in all."""
+def start_job(folder, count, *, devices=4, program=("-m", "mtl_jax"), **changes):
+    """`mtl-jax train` as so many processes with `devices` devices in all.
+
+    Another `program` of Python takes the same flags.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -32,7 +36,7 @@ def start_job(folder, count, *, devices=4, **changes):
         job += [f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={count}"]
     return [
         subprocess.Popen(
-            [sys.executable, "-m", "mtl_jax", *flags, *job, *[f"--process_id={i}"] * (count > 1)],
+            [sys.executable, *program, *flags, *job, *[f"--process_id={i}"] * (count > 1)],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -119,6 +123,45 @@ def test_when_a_process_dies_the_others_stop_and_say_so(tmp_path, killed):
     assert "another process has ended" in said or "JAX distributed service" in said
 
 
+_FULL = """
+import errno, os, sys
+from mtl_jax import checksums, cli
+from orbax.checkpoint._src.checkpointers import async_checkpointer
+
+def failing(true):
+    def fail(where, *rest, **named):
+        if "checkpoints/6" in str(where):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return true(where, *rest, **named)
+    return fail
+
+if sys.argv[-1] == "--process_id=@":
+    if "@" == "0":  # which lists the files that all have written
+        checksums.write = failing(checksums.write)
+    else:
+        name = "_background_wait_for_commit_futures"
+        setattr(async_checkpointer, name, failing(getattr(async_checkpointer, name)))
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_save_that_fails_in_one_process_ends_the_job(tmp_path, failing):
+    """Orbax lets the others wait for it, for up to twenty minutes."""
+    changes = {"Run__steps": 100_000, "Checkpoint__every": 3, "Eval__tasks": "()"}
+    program = ("-c", _FULL.replace("@", str(failing)))
+    job = start_job(tmp_path / "run", 2, program=program, **changes)
+    wait_for_a_step(tmp_path / "run", job)
+    said = finish(job, 90)
+    assert 0 not in [process.returncode for process in job], said
+    assert f"process {failing} of 2 stops: Could not save the checkpoint of step 6" in said[failing]
+    assert "no space left on the device" in said[failing]
+    with Checkpointer(tmp_path / "run" / "checkpoints", read_only=True) as reader:
+        assert reader.steps() == [3]
+        reader.verify(3)
+
+
 @pytest.mark.slow
 def test_a_mistake_in_one_process_ends_it_at_once(tmp_path):
     job = start_job(tmp_path / "run", 2, Data__mixture="tinny")
@@ -180,13 +223,15 @@ def test_alone_there_is_one_reader():
 
 @pytest.mark.slow
 def test_a_job_that_is_told_to_stop_saves_and_goes_on_bit_by_bit(tmp_path):
-    changes = {"Run__steps": 200, "Checkpoint__every": 0, "Eval__tasks": "()"}
+    # It saves all the time: Orbax itself used to ask then, with the number of a step that is past.
+    changes = {"Run__steps": 30, "Checkpoint__every": 1, "Eval__tasks": "()"}
     job = start_job(tmp_path / "run", 2, **changes)
     wait_for_a_step(tmp_path / "run", job)
     job[1].send_signal(signal.SIGTERM)  # one is enough
     said = finish(job, 120)
     assert [process.returncode for process in job] == [75, 75], said
     assert "told to stop: saved at step" in said[0]
+    changes["Checkpoint__every"] = 0  # the rest is quicker without
     run(tmp_path / "run", 2, **changes)
     run(tmp_path / "whole", 2, **changes)
     assert told(tmp_path / "run")[0] == told(tmp_path / "whole")[0]

@@ -5,6 +5,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -153,7 +154,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(copy, whole, 
 
 
 def test_where_all_are_damaged_the_run_does_not_begin_anew(copy, capsys):
-    for path in (copy / "checkpoints").iterdir():
+    for path in (copy / "checkpoints").glob("[0-9]*"):
         flip(copy, int(path.name))
     before = contents(copy)
     message = failure(capsys, argv(copy, Run__steps=20))
@@ -210,14 +211,7 @@ def test_a_full_disk_stops_the_run_and_harms_nothing(new, whole, capsys, monkeyp
 
 def test_a_vanished_directory_stops_the_run(new, whole, capsys, monkeypatch):
     moved = new.with_name(f"{new.name}_moved")
-
-    def vanish():
-        deadline = time.monotonic() + 60
-        while not (new / "checkpoints" / "6").exists() and time.monotonic() < deadline:
-            time.sleep(0.01)
-        new.rename(moved)
-
-    at_step(monkeypatch, 7, vanish)
+    at_step(monkeypatch, 7, lambda: new.rename(moved))  # while step 6 is being saved, or after it
     message = failure(capsys, argv(new))
     assert str(new) in message
     monkeypatch.undo()
@@ -227,6 +221,48 @@ def test_a_vanished_directory_stops_the_run(new, whole, capsys, monkeypatch):
     moved.rename(new)
     assert cli.main(argv(new)) == 0
     assert_same_run(new, whole)
+
+
+class Killed(BaseException):
+    """Ends a run as a kill does: nothing more is written."""
+
+
+def test_a_kill_between_two_lines_of_metrics_loses_no_step(new, monkeypatch):
+    """Every step is in a line, by the next checkpoint at the latest."""
+    changes = {"Run__steps": 8, "Run__log_every": 5}
+    other = new.with_name(f"{new.name}_other")
+    assert cli.main(argv(other, **changes)) == 0
+    assert [row["step"] for row in losses(other)] == [2, 4, 5, 6, 8]
+
+    def kill():
+        raise Killed
+
+    monkeypatch.setattr(logbook.Logbook, "__exit__", lambda *arguments: None)
+    at_step(monkeypatch, 5, kill)
+    with pytest.raises(Killed):
+        cli.main(argv(new, **changes))
+    monkeypatch.undo()
+    assert [row["step"] for row in losses(new)] == [2, 4]
+    assert cli.main(argv(new, **changes)) == 0
+    assert losses(new) == losses(other)
+
+
+def test_told_to_stop_where_every_step_is_evaluated(new, monkeypatch):
+    """The evaluation is done, written, saved behind, and not made again."""
+    changes = {"Run__steps": 5, "Eval__every": 1, "Eval__tasks": "('tiny_first',)"}
+    at_step(monkeypatch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert cli.main(argv(new, **changes)) == cli.TO_BE_CONTINUED
+    monkeypatch.undo()
+    with Checkpointer(new / "checkpoints", read_only=True) as reader:
+        assert reader.latest() == 3
+    assert [row["step"] for row in losses(new)] == [1, 2, 3]
+    assert cli.main(argv(new, **changes)) == 0
+    other = new.with_name(f"{new.name}_other")
+    assert cli.main(argv(other, **changes)) == 0
+    assert losses(new) == losses(other)
+    assert lines(new / "results.jsonl") == lines(other / "results.jsonl")
+    assert position(new, 5) == position(other, 5)
+    assert_same(restored(new, 5), restored(other, 5))
 
 
 def test_storage_that_fails_for_a_moment_is_waited_for(new, whole, monkeypatch, caplog):
