@@ -200,6 +200,7 @@ class _Notes:
         self.without_metrics: dict[str, str] = {}
         self._cut: dict[str, str] = {}
         self._fewer_shots: dict[str, str] = {}
+        self._score_metrics: dict[str, str] = {}
 
     def look_at(self, question: Question) -> None:
         """Notes if many examples are cut, or have fewer shots than asked for."""
@@ -209,6 +210,8 @@ class _Notes:
             self._cut[title] = f"{title} ({question.cut}, {share:.1%})"
         if question.exemplars is not None and question.exemplars < question.shots:
             self._fewer_shots[title] = f"{title} ({question.exemplars:.2f} on average)"
+        if question.task.score_metric_fns:
+            self._score_metrics[question.name] = question.name
 
     def tell(self) -> None:
         """Says it, a line for each kind."""
@@ -229,6 +232,10 @@ class _Notes:
             (
                 "Fewer shots than asked for, because no more fit Eval.inputs_length",
                 self._fewer_shots,
+            ),
+            (
+                "Score metrics are not for sweeps (mtl-jax eval has them); only the others of",
+                self._score_metrics,
             ),
         ):
             names = list(of_kind.values())

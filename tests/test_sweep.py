@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import seqio
 
-from mtl_jax import cli, decode, sweep_files
+from mtl_jax import cli, decode, metrics, sweep_files
 from mtl_jax.sweeps import estimate, running
 from mtl_jax.sweeps.checkpoints import Models
 
@@ -223,11 +223,30 @@ def test_a_trained_dataset_is_no_zero_shot(tmp_path, capsys, monkeypatch):
     (run / "mixture.json").write_text(json.dumps(mixture))
     root, dry = tmp_path / "out", "--dry_run"
     assert cli.main([*flags(root, run, Sweep__held_out="error"), dry]) == 1
-    assert "toy@7 was trained on nli" in capsys.readouterr().err
+    assert "toy@7 was trained on examples of nli" in capsys.readouterr().err
     assert cli.main([*flags(root, run), dry]) == 0
-    assert "Not zero-shot: toy@7 was trained on nli" in capsys.readouterr().err
+    assert "Not zero-shot: toy@7 was trained on examples of nli" in capsys.readouterr().err
     assert cli.main([*flags(root, run, Sweep__held_out="off"), dry]) == 0
     assert "Not zero-shot" not in capsys.readouterr().err
+
+
+def test_score_metrics_that_a_sweep_leaves_out_are_named(toy, tmp_path, capsys):
+    import sweep_tasks
+
+    def spread(targets, scores):
+        return {"spread": float(np.ptp(scores))}
+
+    source = sweep_tasks.Prompted(sweep_tasks.last, 0)
+    steps = [seqio.preprocessors.tokenize, seqio.preprocessors.append_eos]
+    kinds = {"metric_fns": [metrics.exact_match, spread]}
+    seqio.TaskRegistry.add("scored_too", source, sweep_tasks.FEATURES, steps, **kinds)
+    try:
+        given = {"Eval__tasks": "('scored_too',)", "Sweep__prompts": "all"}
+        assert cli.main([*flags(tmp_path / "out", toy, **given), "--dry_run"]) == 0
+    finally:
+        seqio.TaskRegistry.remove("scored_too")
+    told = "Score metrics are not for sweeps (mtl-jax eval has them); only the others of"
+    assert f"{told}: scored_too" in capsys.readouterr().err
 
 
 def test_a_task_without_metrics_is_left_out(toy, tmp_path, capsys):
