@@ -43,7 +43,7 @@ test-all: $(TORCH) $(AOT)/ready $(BEAM)/ready ## the tests that need time, PyTor
 	@echo "==> the other tests"
 	@$(PYTEST) -m "not ($(QUICK)) and not aot"
 	@echo "==> kernels compiled for devices that are not here"
-	@PYTHONPATH=$(AOT) $(PYTEST) -m aot
+	@PYTHONPATH=$(AOT) $(PYTEST) -m aot tests/test_*aot.py
 
 lint: $(READY) ## ruff and mypy
 	@echo "==> ruff, mypy"

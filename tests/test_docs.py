@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import warm
 
 DOCS = Path(__file__).parent.parent / "docs"
 # A block is a file where the text before it ends or begins its last paragraph with `name.ext`.
@@ -29,7 +30,7 @@ def play(page, folder, title=""):
     scripts = Path(sys.executable).parent
     environment = {
         **os.environ,
-        "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}",
+        "PATH": os.pathsep.join([str(warm.folder()), str(scripts), os.environ["PATH"]]),
         "JAX_PLATFORMS": "cpu",
         "COLUMNS": "100",
     }

@@ -34,18 +34,21 @@ def test_a_run_tells_weights_and_gradients_of_its_tasks(gradnorm):
         "options": {"alpha": 1.5, "lr": 0.025, "floor": 0.01},
     }
     rows = losses(gradnorm)
-    assert [row["step"] for row in rows] == [2, 4, 6, 8]
+    assert [row["step"] for row in rows] == [2, 3, 4, 6, 8]  # and before the checkpoint of step 3
     for row in rows:
         shares = [row[f"effective_share/{name}"] for name in TASKS]
         np.testing.assert_allclose(sum(shares), 1.0, rtol=1e-6)
+        # The lines before and after the checkpoint are of one step each, without some task perhaps.
+        there = [name for name in TASKS if row["step"] in (2, 6, 8) or f"weight/{name}" in row]
+        assert len(there) > 1
         # GradNorm's weights sum to the number of tasks that are there.
-        assert 2.0 <= sum(row[f"weight/{name}"] for name in TASKS) <= 3.1
-        assert all(row[f"gradient_norm/{name}"] > 0 for name in TASKS)
+        assert len(there) - 1.0 <= sum(row[f"weight/{name}"] for name in there) <= len(there) + 0.1
+        assert all(row[f"gradient_norm/{name}"] > 0 for name in there)
         assert 0.0 <= row["conflict_rate"] <= 1.0
         assert row["solver_fallback"] == 0.0
     assert rows[-1]["epochs/tiny_copy"] > rows[0]["epochs/tiny_copy"] > 0
     written = lines(gradnorm / "gradients.jsonl")
-    assert [row["step"] for row in written] == [2, 4, 6, 8]
+    assert [row["step"] for row in written] == [2, 3, 4, 6, 8]
     assert written[0]["tasks"] == list(TASKS)
     assert written[0]["groups"] == ["last decoder layer"]
     cosine = np.array(written[0]["cosine"], float)

@@ -30,7 +30,7 @@ def test_tasks_that_own_parameters_are_asked_as_in_training(tmp_path, capsys):
     }
     assert cli.main(flags(root, run, **given, **same)) == 0
     # The datasets are those of the mixture.
-    assert "Not zero-shot: run@6 was trained on copy, first" in capsys.readouterr().err
+    assert "Not zero-shot: run@6 was trained on examples of copy, first" in capsys.readouterr().err
     assert all(row["trained"] for row in rows(root))
     values = {(r["task"], r["metric"]): r["value"] for r in rows(root) if r["protocol"] != "random"}
     last = [row for row in read(run / "results.jsonl") if row["step"] == 6]
