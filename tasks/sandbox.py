@@ -266,11 +266,18 @@ def _is_constant(node: nodes.Node) -> bool:
     return isinstance(node, nodes.Const)
 
 
+class _Undefined(jinja2.StrictUndefined):
+    """An error also where a list that holds it is written out, which asks for its `repr`."""
+
+    __slots__ = ()
+    __repr__ = jinja2.StrictUndefined.__str__
+
+
 class _Environment(SandboxedEnvironment):
     intercepted_binops = frozenset(SandboxedEnvironment.default_binop_table)
 
     def __init__(self) -> None:
-        super().__init__(undefined=jinja2.StrictUndefined, cache_size=0, finalize=_output)
+        super().__init__(undefined=_Undefined, cache_size=0, finalize=_output)
         own: dict[str, Any] = {"join": _join, "replace": _replace, "format": _format}
         own |= {"int": _int, "round": _round, "sum": _sum}
         own |= {"choice": _choice, "random": _choice, "zip": zip, "most_frequent": _most_frequent}

@@ -118,6 +118,13 @@ def test_missing_variable_is_named_with_its_neighbours():
         assert part in message
 
 
+def test_what_a_filter_does_not_find_is_an_error_in_a_list_too():
+    """Python writes the items of a list by their `repr`, where Jinja does not look."""
+    made = Template("t", "{{ [q] | map(attribute='typo') | list }} ||| x")
+    with pytest.raises(UserError, match=r"'t', row 3: jinja: .*'typo'"):
+        made.render({"q": {"text": "a"}}, "row 3")
+
+
 @pytest.mark.parametrize(
     ("jinja", "expected"),
     [
