@@ -1,6 +1,6 @@
 """The train step of T5 1.1 small in float32 on a CPU: mtl_jax against Hugging Face in PyTorch.
 
-    python benchmarks/step_vs_hf.py             # about 5 minutes on 2 cores; --compile adds 3
+    python benchmarks/step_vs_hf.py             # about 7 minutes on 2 cores; --compile adds 3
     python benchmarks/step_vs_hf.py --tiny      # a small model, to see that it works
 
 Both train the same parameters on the same batch with AdamW, in one process with as many threads
