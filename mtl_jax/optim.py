@@ -351,7 +351,7 @@ def scale_by_adafactor(
 
     def init(params: Any) -> AdafactorState:
         def moments(path: Any, param: jax.Array) -> Sequence[jax.Array]:
-            factored = _factored_axes(param.shape, _stacked(path), min_dim_size_to_factor)
+            factored = factored_axes(param.shape, _stacked(path), min_dim_size_to_factor)
             none, zeros = jnp.zeros(1), jnp.zeros_like(param)
             if factored is None:
                 return none, none, zeros
@@ -367,7 +367,7 @@ def scale_by_adafactor(
         def one(path: Any, param: jax.Array, grad: jax.Array, *moments: jax.Array) -> Any:
             stacked = _stacked(path)
             layer = range(stacked, param.ndim)
-            factored = _factored_axes(param.shape, stacked, min_dim_size_to_factor)
+            factored = factored_axes(param.shape, stacked, min_dim_size_to_factor)
             new_moments, factors = _second_moment(grad, moments, decay, factored)
             clip = jnp.maximum(1.0, jnp.sqrt(_mean_square(math.prod(factors, start=grad), layer)))
             size = rate * factor("/".join(entry.key for entry in path)) / clip
@@ -399,7 +399,7 @@ def _stacked(path: Any) -> int:
     return int(len(keys) > 1 and keys[0] in STACKED and keys[1] == "layers")
 
 
-def _factored_axes(shape: Sequence[int], stacked: int, least: int) -> tuple[int, int] | None:
+def factored_axes(shape: Sequence[int], stacked: int, least: int) -> tuple[int, int] | None:
     """The axes (smaller, larger) of a layer's matrix, or None if it is not factored."""
     order = np.argsort(shape[stacked:])
     if len(order) < 2 or shape[stacked + order[-2]] < least:

@@ -1,10 +1,12 @@
 """What a run starts from: fresh parameters, or those of a checkpoint, renamed or taken in part."""
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 
-from mtl_jax import build, model, patterns, processes, restore, sharding, step
+from mtl_jax import build, model, optim, patterns, processes, restore, sharding, step
 from mtl_jax.balance.method import REFERENCE
 from mtl_jax.checkpoint import Checkpointer
 from mtl_jax.errors import UserError
@@ -30,7 +32,7 @@ def start_state(session: build.Session) -> step.TrainState:
             session.check_model(meta, cfg.restore_from, plain=plain)
         if cfg.restore_optimizer == "keep":
             _check_tasks(session, meta, place)
-            state = checkpointer.restore(number, session.abstract_state)[0]
+            state = _kept(session, checkpointer, number, meta, place)
             print(f"Restored parameters and optimizer state from {place}", file=processes.screen())
             return state
         wanted = session.abstract_plain if plain else session.abstract_state.params
@@ -54,6 +56,63 @@ def _check_tasks(session: build.Session, meta: dict[str, Any], place: str) -> No
             f"{place} has a state of {session.config.balance.method} for its own tasks "
             f"({', '.join(names)[:200]}), and this run has others: train on the same tasks, or set "
             "Run.restore_optimizer = 'drop'."
+        )
+
+
+def _kept(
+    session: build.Session,
+    checkpointer: Checkpointer,
+    number: int | None,
+    meta: Mapping[str, Any],
+    place: str,
+) -> step.TrainState:
+    """The whole state of a checkpoint; of a run, or converted with its optimizer's state."""
+    abstract = session.abstract_state
+    if "optimizer" not in meta:
+        return checkpointer.restore(number, abstract)[0]
+    # What has no state leaves traces in the chain's structure: the converted one is without them.
+    bare = dataclasses.replace(session.config.optimizer, clip_norm=0.0, weight_decay=0.0)
+    _check_optimizer(bare, meta["optimizer"], abstract.params, place)
+
+    def as_chain(cfg: optim.OptimizerConfig, opt_state: Any) -> Any:
+        made = jax.eval_shape(optim.make_optimizer(cfg).init, abstract.params)
+        return jax.tree.unflatten(jax.tree.structure(made), jax.tree.leaves(opt_state))
+
+    wanted = dataclasses.replace(abstract, opt_state=as_chain(bare, abstract.opt_state))
+    state = checkpointer.restore(number, wanted)[0]
+    return dataclasses.replace(state, opt_state=as_chain(session.config.optimizer, state.opt_state))
+
+
+def _check_optimizer(
+    cfg: optim.OptimizerConfig, saved: Mapping[str, Any], params: Any, place: str
+) -> None:
+    """Refuses the converted state of another optimizer; `saved` is `KeptOptimizer.description`."""
+    drop = "or set Run.restore_optimizer = 'drop'."
+    if cfg.name != saved["name"]:
+        raise UserError(
+            f"{place} holds the optimizer state of {saved['name']}, and Optimizer.name is "
+            f"{cfg.name!r}: set Optimizer.name = {saved['name']!r}, {drop}"
+        )
+    if saved["momentum"] and not cfg.momentum:
+        raise UserError(
+            f"{place} holds the momentum of T5X's Adafactor, and Optimizer.momentum is 0: set it "
+            f"to T5X's Adafactor.beta1, {drop}"
+        )
+    if cfg.momentum and not saved["momentum"]:
+        raise UserError(
+            f"{place} holds no momentum, and Optimizer.momentum is {cfg.momentum}: set it to 0, "
+            f"{drop}"
+        )
+    least = saved["min_dim_size_to_factor"]
+    made = [
+        jax.eval_shape(optim.make_optimizer(one).init, params)
+        for one in (cfg, dataclasses.replace(cfg, min_dim_size_to_factor=least))
+    ]
+    if made[0] != made[1]:
+        raise UserError(
+            f"{place} holds a state in which other matrices are factored than with "
+            f"Optimizer.min_dim_size_to_factor = {cfg.min_dim_size_to_factor}: set it to {least}, "
+            f"{drop}"
         )
 
 

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import flax.serialization
 import golden
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import t5x_files
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mtl_jax import interop, model, objective
@@ -178,66 +178,18 @@ MODELS = {
 }
 
 
-def t5x_target(cfg: model.T5Config, params: model.Params, *, stacked: bool) -> dict[str, Any]:
-    """The parameters as T5X has them: layers apart, or along the second axis."""
-    out: dict[str, Any] = {}
-
-    def put(keys: tuple[str, ...], x: np.ndarray) -> None:
-        node = out
-        for key in keys[:-1]:
-            node = node.setdefault(key, {})
-        node[keys[-1]] = np.ascontiguousarray(x)
-
-    for path, x in by_path(params).items():
-        if "layers" not in path:
-            put(path, x)
-        elif stacked:
-            put((path[0], path[0], *path[2:]), np.moveaxis(x, 0, 1))
-        else:
-            for n in range(x.shape[0]):
-                put((path[0], f"layers_{n}", *path[2:]), x[n])
-    return out
-
-
-def write_t5x(folder: Path, target: dict, *, zarr: bool = False, wrapped: bool = True) -> Path:
-    """A checkpoint as T5X writes it, with matrices in zarr directories if wanted."""
-    import tensorstore
-
-    folder.mkdir(parents=True)
-
-    def leaf(path: Any, x: np.ndarray) -> Any:
-        if not zarr or x.ndim < 2:
-            return x
-        name = ".".join(("target", *(entry.key for entry in path)))
-        chunks = [max(1, size // 2) for size in x.shape]
-        metadata = {
-            "chunks": chunks, "compressor": {"id": "gzip", "level": 1}, "dtype": "<f4",
-            "shape": list(x.shape),
-        }  # fmt: skip
-        spec = {
-            "driver": "zarr",
-            "kvstore": {"driver": "file", "path": f"{folder / name}"},
-            "metadata": metadata,
-        }
-        tensorstore.open(spec, create=True).result().write(x).result()
-        kvstore = {"driver": "gfile", "path": name}
-        return {"driver": "zarr", "kvstore": kvstore, "metadata": metadata}
-
-    target = jax.tree_util.tree_map_with_path(leaf, target)
-    tree: dict[str, Any] = {"target": target, "state": {"step": np.int32(7), "param_states": {}}}
-    tree = {"version": 3, "optimizer": tree} if wrapped else {"version": 3, **tree}
-    (folder / "checkpoint").write_bytes(flax.serialization.msgpack_serialize(tree))
-    return folder
-
-
 @pytest.mark.parametrize("wrapped", [True, False])
 @pytest.mark.parametrize("zarr", [True, False])
-@pytest.mark.parametrize("stacked", [True, False])
+@pytest.mark.parametrize(
+    ("stacked", "heads_apart"), [(True, True), (True, False), (False, True), (False, False)]
+)
 @pytest.mark.parametrize("version", MODELS)
-def test_t5x_is_read_in_all_its_forms(tmp_path, version, stacked, zarr, wrapped):
+def test_t5x_is_read_in_all_its_forms(tmp_path, version, stacked, heads_apart, zarr, wrapped):
     cfg, params = MODELS[version], golden.params(MODELS[version])
-    target = t5x_target(cfg, params, stacked=stacked)
-    source = interop.open_source(write_t5x(tmp_path / "made", target, zarr=zarr, wrapped=wrapped))
+    target = t5x_files.target(cfg, params, stacked=stacked, heads_apart=heads_apart)
+    source = interop.open_source(
+        t5x_files.write(tmp_path / "made", target, zarr=zarr, wrapped=wrapped)
+    )
     assert source.config == cfg
     assert source.step == 7
     assert_same(params_of(source), params)
@@ -248,18 +200,20 @@ def test_t5x_of_large_arrays_and_bfloat16(tmp_path, monkeypatch):
     cfg, params = MODELS["1.1"], golden.params(MODELS["1.1"])
     monkeypatch.setattr(flax.serialization, "MAX_CHUNK_SIZE", 300)
     for stacked in (True, False):
-        target = t5x_target(cfg, params, stacked=stacked)
-        source = interop.open_source(write_t5x(tmp_path / f"chunks_{stacked}", target))
+        target = t5x_files.target(cfg, params, stacked=stacked)
+        source = interop.open_source(t5x_files.write(tmp_path / f"chunks_{stacked}", target))
         assert_same(params_of(source), params)
     rounded = jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16), params)
-    made = write_t5x(tmp_path / "rounded", t5x_target(cfg, rounded, stacked=True))
+    made = t5x_files.write(tmp_path / "rounded", t5x_files.target(cfg, rounded, stacked=True))
     expected = jax.tree.map(lambda x: x.astype(np.float32), rounded)
     assert_same(params_of(interop.open_source(made)), expected)
 
 
 def test_t5x_options_and_both_ways_out(tmp_path):
     cfg, params = MODELS["1.1"], golden.params(MODELS["1.1"])
-    made = write_t5x(tmp_path / "made", t5x_target(cfg, params, stacked=True), zarr=True)
+    made = t5x_files.write(
+        tmp_path / "made", t5x_files.target(cfg, params, stacked=True), zarr=True
+    )
     options = {"relpos_max_distance": 64, "mlp_activations": ("silu", "linear")}
     source = interop.open_source(made, t5x_options=options)
     assert source.config.relpos_max_distance == 64
@@ -273,7 +227,7 @@ def test_t5x_options_and_both_ways_out(tmp_path):
 
 def _bad_t5x(tmp_path: Path, case: str) -> Path:
     cfg = MODELS["1.1"]
-    target = t5x_target(cfg, golden.params(cfg), stacked=False)
+    target = t5x_files.target(cfg, golden.params(cfg), stacked=False)
     layer = target["encoder"]["layers_1"]
     if case == "shape":
         layer["mlp"]["wo"]["kernel"] = np.zeros((32, 15), np.float32)
@@ -285,7 +239,7 @@ def _bad_t5x(tmp_path: Path, case: str) -> Path:
         del target["encoder"]["relpos_bias"]
     elif case == "no array":
         layer["mlp"]["wo"]["kernel"] = "a text"
-    made = write_t5x(tmp_path / "made", target, zarr=case in ("zarr", "chunk"))
+    made = t5x_files.write(tmp_path / "made", target, zarr=case in ("zarr", "chunk"))
     file = made / "checkpoint"
     if case == "cut off":
         file.write_bytes(file.read_bytes()[:9000])
@@ -354,7 +308,9 @@ def test_detect(tmp_path):
     for place in ("ours", "ours/checkpoints", "ours/checkpoints/0"):
         assert interop.detect(tmp_path / place) == "mtl_jax"
     cfg = MODELS["1.0"]
-    t5x = write_t5x(tmp_path / "checkpoint_7", t5x_target(cfg, golden.params(cfg), stacked=False))
+    t5x = t5x_files.write(
+        tmp_path / "checkpoint_7", t5x_files.target(cfg, golden.params(cfg), stacked=False)
+    )
     assert interop.detect(t5x) == "t5x"
     assert interop.detect(t5x / "checkpoint") == "t5x"
 

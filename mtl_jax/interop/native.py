@@ -7,7 +7,7 @@ disk differs, because Orbax itself would hold whole stacks of layers in memory.
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,10 @@ from mtl_jax.model_config import T5Config
 from mtl_jax.sharing import tree
 from mtl_jax.sharing.embeddings import prompt_ids
 from mtl_jax.sharing.plan import SharingPlan, from_description
+from mtl_jax.step import TrainState
 
 GIN_FILE = "model.gin"
+OPTIMIZER_GIN_FILE = "optimizer.gin"
 # How a run computes, not what: these stay the user's choice.
 _OF_A_RUN = ("dtype", "logits_dtype", "scan_layers", "attention", "remat")
 # Chunks written by training hold many layers; kept, they are not decompressed for each layer.
@@ -178,23 +180,71 @@ def _config(meta: dict[str, Any], place: Path) -> T5Config:
     return T5Config(**values)
 
 
-class _Streamed:
-    """A parameter that is read while it is written; a leaf for Orbax."""
+@dataclasses.dataclass(frozen=True)
+class Streamed:
+    """A tensor that is read while it is written; a leaf for Orbax.
 
-    def __init__(self, source: Source, path: TensorPath, shape: tuple[int, ...]):
-        self.source, self.path, self.shape = source, path, shape
+    Attributes:
+      shape: of the whole tensor.
+      stacked: whether its first axis is that of the layers.
+      read: gives a layer, or the whole tensor for None where it is not stacked.
+      dtype: as written, as zarr names it.
+    """
+
+    shape: tuple[int, ...]
+    stacked: bool
+    read: Callable[[int | None], np.ndarray]
+    dtype: str = "<f4"
 
     def layers(self) -> Iterator[tuple[Any, np.ndarray]]:
         """Yields (index, array): one layer after the other, or the whole tensor."""
-        if "layers" not in self.path:
-            yield (), self.source.read(self.path, None)
+        if not self.stacked:
+            yield (), self.read(None)
         else:
             for layer in range(self.shape[0]):
-                yield (layer,), self.source.read(self.path, layer)
+                yield (layer,), self.read(layer)
+
+
+@dataclasses.dataclass(frozen=True)
+class KeptOptimizer:
+    """An optimizer's state that goes along with the parameters.
+
+    Attributes:
+      step: updates done.
+      name: `Optimizer.name`.
+      min_dim_size_to_factor: with which the optimizer has such a state.
+      momentum: whether it is in the state.
+      state: of the optax chain without what has no state, with `Streamed` leaves.
+    """
+
+    step: int
+    name: str
+    min_dim_size_to_factor: int
+    momentum: bool
+    state: Any
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """For the checkpoint's meta; a run that takes the state is compared with it."""
+        names = ("name", "min_dim_size_to_factor", "momentum")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def gin_text(self) -> str:
+        """What the state asks of the optimizer, as a Gin file."""
+        lines = [
+            "# For Run.restore_optimizer = 'keep'. A state does not show how steps were made: all",
+            "# other fields of Optimizer must be as in the run that the checkpoint is from.",
+            f"Optimizer.name = {self.name!r}",
+            f"Optimizer.min_dim_size_to_factor = {self.min_dim_size_to_factor}",
+        ]
+        if self.momentum:
+            lines.append("# There is momentum: Optimizer.momentum must be T5X's Adafactor.beta1.")
+        return "\n".join([*lines, ""])
 
 
 class _StreamHandler(ocp.type_handlers.TypeHandler):
-    """Writes `_Streamed` leaves as zarr arrays, in chunks of one layer at most."""
+    """Writes `Streamed` leaves as zarr arrays, in chunks of one layer at most."""
 
     def typestr(self) -> str:
         # Whoever restores finds a plain array.
@@ -207,7 +257,7 @@ class _StreamHandler(ocp.type_handlers.TypeHandler):
         raise NotImplementedError("written only")
 
     async def serialize(
-        self, values: Sequence[_Streamed], infos: Sequence[Any], args: Any = None
+        self, values: Sequence[Streamed], infos: Sequence[Any], args: Any = None
     ) -> Sequence[Any]:
         for value, info in zip(values, infos, strict=True):
             await info.await_path_creation()
@@ -215,19 +265,19 @@ class _StreamHandler(ocp.type_handlers.TypeHandler):
         return []  # nothing is left to be waited for
 
 
-async def _write_array(value: _Streamed, folder: Path) -> None:
+async def _write_array(value: Streamed, folder: Path) -> None:
     import tensorstore
 
-    lead = (1,) if "layers" in value.path else ()
+    lead = (1,) if value.stacked else ()
     layer_shape = value.shape[len(lead) :]
-    chunks = (*lead, rows_of_block(layer_shape), *layer_shape[1:])
+    block = (rows_of_block(layer_shape), *layer_shape[1:]) if layer_shape else ()
     spec = {
         "driver": "zarr",
         "kvstore": {"driver": "file", "path": f"{folder}/"},
         "metadata": {
             "shape": value.shape,
-            "chunks": chunks,
-            "dtype": "<f4",
+            "chunks": (*lead, *block),
+            "dtype": value.dtype,
             "compressor": {"id": "zstd", "level": 1},
         },
         # A chunk of zeros is no missing chunk: readers take a missing one for damage.
@@ -235,21 +285,26 @@ async def _write_array(value: _Streamed, folder: Path) -> None:
     }
     array = await tensorstore.open(spec, create=True)
     for index, x in value.layers():
+        if x.ndim == 0:
+            await array.write(x)
+            continue
         for rows, part in blocks(x):
             await array[(*index, rows)].write(np.ascontiguousarray(part))
 
 
-def write(source: Source, folder: Path) -> None:
+def write(source: Source, folder: Path, kept: KeptOptimizer | None = None) -> None:
     """Writes `checkpoints/` and `model.gin` to an empty directory, a layer at a time.
 
     Args:
       source: what to write.
       folder: where.
+      kept: the optimizer's state, to be written, too, and `optimizer.gin` with what it needs; the
+        checkpoint is then that of its step.
 
     Raises:
       UserError: the source cannot be read.
     """
-    registry = ocp.type_handlers.create_type_handler_registry((_Streamed, _StreamHandler()))
+    registry = ocp.type_handlers.create_type_handler_registry((Streamed, _StreamHandler()))
     manager = ocp.CheckpointManager(
         (folder / "checkpoints").absolute(),
         options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False),
@@ -264,7 +319,8 @@ def write(source: Source, folder: Path) -> None:
         node = params
         for key in path[:-1]:
             node = node.setdefault(key, {})
-        node[path[-1]] = _Streamed(source, path, shape)
+        read = functools.partial(source.read, path)
+        node[path[-1]] = Streamed(shape, "layers" in path, read)
     meta: dict[str, Any] = {
         "model": dataclasses.asdict(source.config),
         "task_ids": {},
@@ -272,16 +328,27 @@ def write(source: Source, folder: Path) -> None:
     }
     if source.prompt:
         meta["prompt"] = list(source.prompt)
+    state: Any = {"params": params}
+    if kept is not None:
+        number: Any = whole_number(kept.step)
+        state = TrainState(number, params, kept.state)
+        meta["optimizer"] = kept.description
+        (folder / OPTIMIZER_GIN_FILE).write_text(kept.gin_text, encoding="utf-8")
     with contextlib.closing(manager):
         manager.save(
-            0,
+            0 if kept is None else kept.step,
             args=ocp.args.Composite(
-                state=ocp.args.PyTreeSave({"params": params}),
+                state=ocp.args.PyTreeSave(state),
                 data_state=ocp.args.JsonSave({}),
                 meta=ocp.args.JsonSave(meta),
             ),
         )
     (folder / GIN_FILE).write_text(gin_text(source.config), encoding="utf-8")
+
+
+def whole_number(value: int) -> Streamed:
+    """An int32 scalar."""
+    return Streamed((), False, lambda layer: np.asarray(value, np.int32), "<i4")
 
 
 def gin_text(cfg: T5Config) -> str:

@@ -5,10 +5,14 @@ when it is asked for. A T5X checkpoint has no configuration; what its tensors do
 maximum distance of position biases, the activation) is T5's unless the user says otherwise.
 
 Layers are apart (`encoder/layers_0/...`) or stacked along the second axis of each tensor
-(`encoder/encoder/...`, T5X's `scalable_t5`).
+(`encoder/encoder/...`, T5X's `scalable_t5`). Kernels of attention are matrices, or have an axis for
+the heads and one for their dimensions (`scalable_t5`).
 """
 
 import contextlib
+import dataclasses
+import functools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,12 +21,21 @@ import numpy as np
 
 from mtl_jax.errors import UserError
 from mtl_jax.interop import msgpack_file
-from mtl_jax.interop.source import Source, TensorPath, check_tensors, pieces, written
+from mtl_jax.interop.source import (
+    Source,
+    TensorPath,
+    check_tensors,
+    pieces,
+    tensors,
+    written,
+)
 from mtl_jax.interop.stored import read_tensorstore
 from mtl_jax.model_config import T5Config
 
 FILE = "checkpoint"  # the msgpack file of a directory
 STACKS = ("encoder", "decoder")
+OUT = "out"
+ATTENTION = ("query", "key", "value", OUT)
 MAX_DISTANCE = 128
 _CACHE_BYTES = 1 << 28
 
@@ -84,6 +97,21 @@ class Zarr:
             ) from error
 
 
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How one of our tensors lies in a checkpoint of T5X.
+
+    Attributes:
+      shape: there; with the layers, if they are stacked.
+      groups: for each axis of our tensor (of one layer) the axes there that it is made of.
+      layers: the axis of the layers there; None: there is none.
+    """
+
+    shape: tuple[int, ...]
+    groups: tuple[tuple[int, ...], ...]
+    layers: int | None
+
+
 class T5xSource(Source):
     """A T5X checkpoint, its file or its directory."""
 
@@ -111,13 +139,13 @@ class T5xSource(Source):
             raise UserError(f"{file} has no parameters: a T5X checkpoint has them at 'target'.")
         self.tree = tree
         self.tokenizer_folder = file.parent
-        self._file = file
+        self.file = file
         self.tensors = self.opened(target)
         self.stacked = any(name.startswith("encoder/encoder/") for name in self.tensors)
         self.config = self._infer(relpos_max_distance, mlp_activations)
         wanted = {
-            self.name(piece_path, layer): self._stored_shape(shape, piece_path)
-            for piece_path, layer, shape in pieces(self.config)
+            self.name(piece_path, layer): self.layout(piece_path).shape
+            for piece_path, layer, _ in pieces(self.config)
         }
         found = {name: leaf.shape for name, leaf in self.tensors.items()}
         check_tensors(path, wanted, found, "the other tensors")
@@ -133,43 +161,75 @@ class T5xSource(Source):
         Raises:
           UserError: something else is there, or a directory is missing or damaged.
         """
-        import tensorstore
-
-        context = tensorstore.Context({"cache_pool": {"total_bytes_limit": _CACHE_BYTES}})
         found: dict[str, Any] = {}
 
         def walk(node: Any, keys: tuple[str, ...]) -> None:
             name = "/".join(keys)
             if isinstance(node, dict) and isinstance(node.get("kvstore"), dict):
                 folder = Path(str(node["kvstore"].get("path", "")).rstrip("/")).name
-                found[name] = Zarr(self._file.parent / folder, name, context)
+                found[name] = Zarr(self.file.parent / folder, name, self._context)
             elif isinstance(node, dict):
                 for key, child in node.items():
                     walk(child, (*keys, key))
             elif hasattr(node, "along_second_axis"):
                 found[name] = node
             else:
-                raise UserError(f"{self._file}: tensor {name} is no array but {node!r:.80}.")
+                raise UserError(f"{self.file}: tensor {name} is no array but {node!r:.80}.")
 
         walk(tree, ())
         return found
+
+    @functools.cached_property
+    def _context(self) -> Any:
+        """One cache for all arrays: chunks hold many layers, which are read one by one."""
+        import tensorstore
+
+        return tensorstore.Context({"cache_pool": {"total_bytes_limit": _CACHE_BYTES}})
 
     def name(self, path: TensorPath, layer: int | None) -> str:
         """T5X's name of one of our tensors."""
         inside = path[0] if self.stacked else f"layers_{layer}"
         return "/".join(inside if key == "layers" else key for key in path)
 
+    def layout(self, path: TensorPath) -> Layout:
+        """How one of our tensors lies in the file."""
+        shape = self.layer_shape(path)
+        parts: list[tuple[int, ...]] = [(size,) for size in shape]
+        if self._heads_apart and path[-2] in ATTENTION:
+            parts[0 if path[-2] == OUT else 1] = (self.config.num_heads, self.config.head_dim)
+        sizes = [size for part in parts for size in part]
+        axes = list(range(len(sizes)))
+        layers = 1 if self.stacked and "layers" in path else None
+        if layers is not None:
+            sizes.insert(layers, tensors(self.config)[path][0])
+            axes = [axis + (axis >= layers) for axis in axes]
+        ends = np.cumsum([len(part) for part in parts])
+        groups = (axes[end - len(part) : end] for end, part in zip(ends, parts, strict=True))
+        return Layout(tuple(sizes), tuple(map(tuple, groups)), layers)
+
     def read(self, path: TensorPath, layer: int | None) -> np.ndarray:
         """See `Source.read`."""
-        array = self.tensors[self.name(path, layer)]
-        if layer is None or not self.stacked:
-            return array.read()
-        return array.along_second_axis(layer)
+        return self.read_as(path, layer, self.tensors[self.name(path, layer)])
 
-    def _stored_shape(self, shape: tuple[int, ...], path: TensorPath) -> tuple[int, ...]:
-        if not self.stacked or "layers" not in path:
-            return shape
-        return (shape[0], self._layers(path[0]), *shape[1:])
+    def read_as(self, path: TensorPath, layer: int | None, array: Any) -> np.ndarray:
+        """Reads an array that lies as the tensor at `path` does; otherwise as `read`."""
+        stacked = self.layout(path).layers is not None
+        x = array.along_second_axis(layer) if stacked else array.read()
+        return x.reshape(self.layer_shape(path))
+
+    def layer_shape(self, path: TensorPath) -> tuple[int, ...]:
+        """The shape of one of our tensors; of one layer, if it is in layers."""
+        return tensors(self.config)[path]["layers" in path :]
+
+    @functools.cached_property
+    def _first(self) -> str:
+        return "encoder/encoder" if self.stacked else "encoder/layers_0"
+
+    @functools.cached_property
+    def _heads_apart(self) -> bool:
+        matrix = 2 + self.stacked
+        query = self._shape(f"{self._first}/attention/query/kernel", matrix, matrix + 1)
+        return len(query) > matrix
 
     def _layers(self, stack: str) -> int:
         if self.stacked:
@@ -177,33 +237,34 @@ class T5xSource(Source):
         names = {name.split("/")[1] for name in self.tensors if name.startswith(f"{stack}/layers_")}
         return len(names)
 
-    def _shape(self, name: str, axes: int) -> tuple[int, ...]:
+    def _shape(self, name: str, *axes: int) -> tuple[int, ...]:
         if name not in self.tensors:
             raise UserError(
-                f"{self._file}: tensor {name} is missing. Only T5's encoder-decoders can be read."
+                f"{self.file}: tensor {name} is missing. Only T5's encoder-decoders can be read."
             )
         shape = self.tensors[name].shape
-        if len(shape) != axes:
+        if len(shape) not in axes:
             raise UserError(
-                f"{self._file}: tensor {name} is {written(shape)}, but must have {axes} axes."
+                f"{self.file}: tensor {name} is {written(shape)}, but must have "
+                f"{' or '.join(map(str, axes))} axes."
             )
         return shape
 
     def _infer(self, max_distance: int | None, activations: Sequence[str] | None) -> T5Config:
-        first = "encoder/encoder" if self.stacked else "encoder/layers_0"
+        first = self._first
         own = f"{first}/relpos_bias/rel_embedding"
         per_layer = own in self.tensors
         bias = self._shape(
             own if per_layer else "encoder/relpos_bias/rel_embedding",
             3 if per_layer and self.stacked else 2,
         )
-        axes = 3 if self.stacked else 2
         vocab_size, emb_dim = self._shape("token_embedder/embedding", 2)
-        joined = self._shape(f"{first}/attention/query/kernel", axes)[-1]
+        out = self.tensors[f"{first}/attention/query/kernel"].shape[-1 - self._heads_apart :]
+        joined = math.prod(out)
         gated = f"{first}/mlp/wi_0/kernel" in self.tensors
         if joined % bias[0]:
             raise UserError(
-                f"{self._file}: tensor {first}/attention/query/kernel has {joined} columns, which "
+                f"{self.file}: tensor {first}/attention/query/kernel has {joined} columns, which "
                 f"{bias[0]} heads (of relpos_bias/rel_embedding) cannot share."
             )
         self.notes = (
@@ -216,7 +277,7 @@ class T5xSource(Source):
             emb_dim=emb_dim,
             num_heads=bias[0],
             head_dim=joined // bias[0],
-            mlp_dim=self._shape(f"{first}/mlp/wo/kernel", axes)[0],
+            mlp_dim=self._shape(f"{first}/mlp/wo/kernel", 2 + self.stacked)[0],
             num_encoder_layers=self._layers("encoder"),
             num_decoder_layers=self._layers("decoder"),
             mlp_activations=activations or (("gelu", "linear") if gated else ("relu",)),
