@@ -166,7 +166,7 @@ def _convert_flags(parser: argparse.ArgumentParser) -> None:
         "--optimizer",
         choices=("drop", "keep"),
         default="drop",
-        help="of SRC: its state is dropped; keep is not supported, and says so",
+        help="drop or keep its state; keep: that of T5X's Adafactor, with --to mtl_jax",
     )
     parser.add_argument(
         "--relpos_max_distance",
@@ -248,6 +248,7 @@ def _sweep_flags(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="list the cells with their rows, tokens and time, and what is done; evaluate nothing",
     )
+    _process_flags(parser)
 
 
 def _flags_of_module(module: str, *, config: bool) -> Callable[[argparse.ArgumentParser], None]:

@@ -150,6 +150,11 @@ def gather(value: Any) -> list[Any]:
     ]
 
 
+def from_primary(value: Any) -> Any:
+    """The JSON-able value of the primary process, in every process; what others give is ignored."""
+    return gather(value if primary() else None)[0]
+
+
 def several() -> bool:
     """Whether this process is one of several."""
     return jax.distributed.is_initialized() and jax.process_count() > 1

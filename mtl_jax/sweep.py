@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import fnmatch
+import hashlib
 import signal
 import sys
 import time
@@ -13,6 +14,7 @@ from typing import Any
 from mtl_jax import (
     data,
     placement,
+    processes,
     protocols,
     report,
     results,
@@ -41,6 +43,7 @@ from mtl_jax.task_info import TaskInfo, info
 _FAILURES_SHOWN = 5
 _NAMES_SHOWN = 5
 _CUT_WORTH_A_LINE = 0.01  # of the examples
+_INTERRUPTED = 130  # the exit status of a process that Ctrl-C ended
 
 
 def main(args: argparse.Namespace) -> int:
@@ -59,13 +62,19 @@ def main(args: argparse.Namespace) -> int:
     found = checkpoints.find(given.plan.checkpoints, given.model_fields)
     cells = plan(given, found, root)
     if args.dry_run:
-        print(estimate.table(cells), end="")
-        guess = estimate.estimate(cells, root)
-        print(f"About {format_seconds(guess.seconds)} by one process, from {guess.source}.")
+        if processes.primary():
+            print(estimate.table(cells), end="")
+            guess = estimate.estimate(cells, root)
+            print(f"About {format_seconds(guess.seconds)} by one process, from {guess.source}.")
         return 0
-    RunDirectory(root).create()
-    describe(given, cells, root, args.argv)
-    return work(given, cells, root)
+    RunDirectory(root, primary=processes.primary()).create()
+    _check_job(cells)
+    if processes.primary():
+        describe(given, cells, root, args.argv)
+    status = work(given, cells, root)
+    if status == _INTERRUPTED and processes.several():
+        processes.abort(status)  # an orderly end would wait for the others
+    return status
 
 
 def check_folder(root: Path) -> Path:
@@ -81,7 +90,7 @@ def check_folder(root: Path) -> Path:
 
 def say(line: str) -> None:
     """A line for whoever watches; results go to standard output, this does not."""
-    print(line, file=sys.stderr, flush=True)
+    print(line, file=processes.screen(), flush=True)
 
 
 # ------------------------------------------------------------------------------- the plan
@@ -314,6 +323,19 @@ def _check_vocabulary(checkpoint: Checkpoint, asked: Sequence[Question]) -> None
 # ------------------------------------------------------------------------------- the work
 
 
+def _check_job(cells: Sequence[Cell]) -> None:
+    """Refuses a job whose processes have found different checkpoints, tasks or examples."""
+    names = hashlib.sha256("\n".join(cell.key for cell in cells).encode())
+    of_each = processes.gather([len(cells), names.hexdigest()])
+    for number, of_process in enumerate(of_each):
+        if of_process != of_each[0]:
+            raise UserError(
+                f"Process {number} has another plan ({of_process[0]} cells) than process 0 "
+                f"({of_each[0][0]}): all must see the same files. Were checkpoints written or data "
+                "changed meanwhile? Then run the same command again."
+            )
+
+
 def describe(given: Sweep, cells: Sequence[Cell], root: Path, argv: Sequence[str]) -> None:
     """Writes the files that tell what this sweep is."""
     folder = RunDirectory(root)
@@ -354,21 +376,24 @@ def work(given: Sweep, cells: Sequence[Cell], root: Path) -> int:
             with _stopped_by_signal():
                 runner.run()
         except KeyboardInterrupt:
+            if not processes.primary():
+                return _INTERRUPTED
             runner.write_table()
             closing.close()
             say(
                 f"Stopped: {runner.done():,} of {len(cells):,} cells are done; run the same "
                 "command again to go on."
             )
-            return 130
+            return _INTERRUPTED
         closing.close()
         seconds = time.perf_counter() - start
         say(f"{runner.model_rows:,} rows of the model in {format_seconds(seconds)}")
-        return finish(runner, claims, root)
+        status = finish(runner, claims, root) if processes.primary() else None
+        return int(processes.from_primary(status))
 
 
 def finish(runner: Runner, claims: Claims, root: Path) -> int:
-    """Prints the table; one process writes the report."""
+    """Prints the table; one process writes the report. Returns the exit status."""
     # Only now, for it draws pictures.
     from mtl_jax.sweep_report import SweepReport
 

@@ -377,6 +377,11 @@ class Asking:
             name: [self._empty(name, example) for example in task.examples] for name in passes
         }
 
+    @property
+    def rows(self) -> int:
+        """Rows for the model."""
+        return len(self._rows)
+
     def _empty(self, name: str, example: EvalExample) -> Row:
         if protocols.PASSES[name].kind == "generate":
             return {"index": example.index, "text": ""}

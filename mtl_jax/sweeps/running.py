@@ -1,16 +1,22 @@
-"""Works through the cells of a sweep: what is not on disk yet, one checkpoint after the other."""
+"""Works through the cells of a sweep: what is not on disk yet, one checkpoint after the other.
+
+The processes of one job (processes.py) work as one: the primary process looks at the disk, claims
+cells and writes them; the others run the same batches. Sweeps that are started independently share
+the cells by their claims.
+"""
 
 import dataclasses
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from mtl_jax import buckets, sweep_files
+from mtl_jax import buckets, processes, sweep_files
 from mtl_jax.errors import UserError
 from mtl_jax.eval_task import EvalConfig
-from mtl_jax.evaluate import Answer, Engine
+from mtl_jax.evaluate import Answer
+from mtl_jax.model import Params
 from mtl_jax.sweep_files import RESULTS, CellFacts
 from mtl_jax.sweeps import scoring
 from mtl_jax.sweeps.cells import Asking, Cell
@@ -19,6 +25,9 @@ from mtl_jax.sweeps.claims import Claims
 
 _TABLE_EVERY = 60.0  # seconds between two writings of the whole table
 _WAIT = 0.5  # seconds between two looks at what other processes do
+# Batches between two decisions of the primary process of a job. The last ones of each portion are
+# not full, so there should be many; but the job holds the claims of a whole portion.
+_PORTION = 64
 
 
 class ShapePlan:
@@ -75,7 +84,7 @@ class Failure:
 
 
 class Runner:
-    """One process that works on a sweep.
+    """One process, or one of a job, that works on a sweep.
 
     Attributes:
       progress: called with the rows of the model that are done, of all that were missing.
@@ -120,28 +129,21 @@ class Runner:
         return sum(self._is_done(cell) and cell in self._finished for cell in self._cells)
 
     def run(self) -> None:
-        """Makes all cells, or waits for those that other processes make.
+        """Makes all cells, or waits for those that others make; each process of a job must call it.
 
         Raises:
           UserError: a damaged checkpoint or cell, no memory, no space or no permission.
         """
-        waiting = False
-        while True:
-            for _, of_checkpoint in itertools.groupby(self._cells, lambda c: id(c.checkpoint)):
-                self._run_checkpoint(list(of_checkpoint))
-            others = [cell for cell in self._cells if not self._is_done(cell)]
-            if not others:
-                break
-            if not waiting:
-                self._say(f"Waiting for {len(others)} cells that other processes work on")
-                waiting = True
-            while all(self._claims.is_held(cell.folder) for cell in others):
-                time.sleep(_WAIT)
-                others = [cell for cell in others if not self._is_done(cell)]
-                self._show()
-                if not others:
-                    break
-        self.write_table()
+        loaded: Checkpoint | None = None
+        params: Params = {}
+        portions = self._portions() if processes.primary() else self._told_portions()
+        for checkpoint, asked in portions:
+            if checkpoint is not loaded:
+                params = {}  # frees the last one's memory first
+                loaded, params = checkpoint, self._models.load(checkpoint)
+            self._ask(checkpoint, params, asked)
+        if processes.primary():
+            self.write_table()
 
     def write_table(self) -> Path:
         """Writes results.jsonl of the sweep: the rows of the cells that are done."""
@@ -149,6 +151,62 @@ class Runner:
         root = self._cells[0].root
         sweep_files.write_lines(root / RESULTS, sweep_files.cell_rows(root))
         return root / RESULTS
+
+    # ---------------------------------------------------------------------------- portions
+
+    def _portions(self) -> Iterator[tuple[Checkpoint, Iterable[Asking]]]:
+        """What is asked next of which checkpoint, until all cells are done."""
+        waiting = False
+        while True:
+            for _, of_checkpoint in itertools.groupby(self._cells, lambda c: id(c.checkpoint)):
+                yield from self._portions_of(list(of_checkpoint))
+            others = [cell for cell in self._cells if not self._is_done(cell)]
+            if not others:
+                break
+            if not waiting:
+                self._say(f"Waiting for {len(others)} cells that other processes work on")
+                waiting = True
+            while all(self._claims.is_held(cell.folder) for cell in others):
+                self._tell([])  # the others of a job must not wait for long
+                time.sleep(_WAIT)
+                others = [cell for cell in others if not self._is_done(cell)]
+                self._show()
+                if not others:
+                    break
+        self._tell(None)
+
+    def _portions_of(self, cells: Sequence[Cell]) -> Iterator[tuple[Checkpoint, Iterable[Asking]]]:
+        """Those of one checkpoint: all at once, claimed on the way; in a job as it is told."""
+        checkpoint: Checkpoint = cells[0].checkpoint
+        claimed = self._claimed(cells)
+        while (first := next(claimed, None)) is not None:
+            asked = itertools.chain([first], claimed)
+            if not processes.several():
+                yield checkpoint, asked
+                continue
+            portion, rows = [], 0
+            for asking in asked:
+                portion.append(asking)
+                rows += asking.rows
+                if rows >= _PORTION * self._shapes.batch_size:
+                    break
+            self._tell(portion)
+            yield checkpoint, portion
+
+    def _tell(self, portion: Sequence[Asking] | None) -> None:
+        """Tells the others of the job what is asked next; None: nothing more."""
+        if processes.several():
+            numbers = {cell: i for i, cell in enumerate(self._cells)}
+            processes.from_primary(
+                None if portion is None else [[numbers[x.cell], x.passes] for x in portion]
+            )
+
+    def _told_portions(self) -> Iterator[tuple[Checkpoint, Iterable[Asking]]]:
+        """What the primary process tells."""
+        while (told := processes.from_primary(None)) is not None:
+            portion = [self._asking(self._cells[number], passes) for number, passes in told]
+            if portion:
+                yield portion[0].cell.checkpoint, portion
 
     # ------------------------------------------------------------------------------- cells
 
@@ -158,27 +216,25 @@ class Runner:
             self._done_rows[cell] = self._rows[cell]  # whoever has made it
         return cell in self._finished or any(f.cell is cell for f in self.failures)
 
-    def _claimed(self, cells: Sequence[Cell], engine: Engine) -> Iterator[Asking]:
+    def _claimed(self, cells: Sequence[Cell]) -> Iterator[Asking]:
         """Claims cells, one after the other, for as long as there are any."""
         for cell in cells:
             if self._is_done(cell) or not self._claims.take(cell.folder):
                 continue
             missing = cell.missing()
             if missing:
-                prompt = [*engine.prompt, *cell.checkpoint.prompt]
-                yield Asking(cell, missing, engine.group(cell.question.name), prompt)
+                yield self._asking(cell, missing)
             else:
                 self._score(cell)
 
-    def _run_checkpoint(self, cells: Sequence[Cell]) -> None:
-        checkpoint: Checkpoint = cells[0].checkpoint
+    def _asking(self, cell: Cell, passes: Sequence[str]) -> Asking:
+        engine = self._models.engine(cell.checkpoint)
+        prompt = [*engine.prompt, *cell.checkpoint.prompt]
+        return Asking(cell, passes, engine.group(cell.question.name), prompt)
+
+    def _ask(self, checkpoint: Checkpoint, params: Params, asked: Iterable[Asking]) -> None:
+        """Puts the rows of cells to the model, and finishes the cells."""
         engine = self._models.engine(checkpoint)
-        claimed = self._claimed(cells, engine)
-        first = next(claimed, None)
-        if first is None:
-            return
-        params = self._models.load(checkpoint)
-        asked = itertools.chain([first], claimed)
         requests = itertools.chain.from_iterable(asking.requests() for asking in asked)
         batches = buckets.stream(requests, self._shapes.of)
         clock, compiled = time.perf_counter(), engine.compile_seconds
@@ -187,6 +243,8 @@ class Runner:
                 now = time.perf_counter()
                 seconds = max(0.0, now - clock - (engine.compile_seconds - compiled))
                 clock, compiled = now, engine.compile_seconds
+                if not processes.primary():
+                    continue
                 for request, answer in zip(batch.requests, answers, strict=True):
                     self._take(request, answer, seconds / len(answers))
                 self._show()
