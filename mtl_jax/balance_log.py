@@ -22,6 +22,7 @@ class BalanceLog:
         self,
         folder: Path,
         names: Sequence[str],
+        of_task: Sequence[int],
         groups: Sequence[str],
         weighted: bool,
         first: int,
@@ -34,6 +35,7 @@ class BalanceLog:
         Args:
           folder: the run directory.
           names: of the tasks.
+          of_task: for each id of a SeqIO task, padding's first, its index in `names` plus one.
           groups: names of the groups of parameters.
           weighted: a method sets weights, so that they are worth a column.
           first: the step that the run continues from.
@@ -42,6 +44,7 @@ class BalanceLog:
         """
         self._path = folder / "gradients.jsonl"
         self._names, self._groups, self._weighted = list(names), list(groups), weighted
+        self._of_task = np.asarray(of_task)
         self._primary, self._solves = primary, solves
         if primary:
             report.truncate_jsonl(self._path, first)
@@ -113,7 +116,13 @@ class BalanceLog:
             "gram": _plain(_mean(gram_SKNN, both)),
             "cosine": _plain(_mean(cosines, both)),
             "noise": _plain(_mean(halves_SKN, np.isfinite(halves_SKN))),
+            "loss": _plain(self._losses(looked)),
         }
+        ahead_SNN = np.array([v["affinity"] for v in looked if "affinity" in v], np.float64)
+        known_SNN = np.isfinite(ahead_SNN)
+        if known_SNN.any():
+            row["lookaheads"] = int(known_SNN.any(axis=(1, 2)).sum())
+            row["affinity"] = _plain(_mean(ahead_SNN, known_SNN))
         if self._primary:
             with storage_errors("write gradients.jsonl", self._path.parent):
                 append_text(self._path, json.dumps(row, ensure_ascii=False) + "\n")
@@ -125,6 +134,15 @@ class BalanceLog:
         if pairs_SNN.any():
             line["conflict_rate"] = float(np.mean(whole_SNN[pairs_SNN] < 0))
         return line
+
+    def _losses(self, looked: Sequence[Mapping[str, Any]]) -> np.ndarray:
+        """Mean over steps of each task's mean loss over its tokens, [N]."""
+        count = len(self._names) + 1
+        losses, tokens = (
+            np.array([np.bincount(self._of_task, values[name], count)[1:] for values in looked])
+            for name in ("task_loss_sum", "task_tokens")
+        )
+        return _mean(losses / np.maximum(tokens, 1.0), tokens > 0)
 
     def _by_task(self, metric: str, values_N: np.ndarray) -> dict[str, float]:
         pairs = zip(self._names, values_N, strict=True)

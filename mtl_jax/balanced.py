@@ -11,17 +11,17 @@ import jax
 import jax.numpy as jnp
 
 from mtl_jax import model, objective, optim
-from mtl_jax.balance import groups, task_gradients
+from mtl_jax.balance import groups, lookahead, task_gradients
 from mtl_jax.balance.balancer import Balancer
 from mtl_jax.balance.method import GRAM, LOSSES, LOSSES_AFTER, Observations
 from mtl_jax.balance.task_gradients import TaskGradients
 from mtl_jax.model_config import T5Config
-from mtl_jax.objective import OBJECTIVE_WEIGHTS, Batch, Metrics, StepConfig
+from mtl_jax.objective import OBJECTIVE_WEIGHTS, REFERENCE_LOSSES, Batch, Metrics, StepConfig
 
 BalanceState = Any
 BALANCE_IDS = task_gradients.TASK_IDS
-# (gradients, sums, weights [K, N], state, what the method logs, Gramian, split-half cosines)
-_Result = tuple[model.Params, Metrics, jax.Array, BalanceState, Metrics, jax.Array, jax.Array]
+# (gradients, sums, weights [K, N], state, what the method logs, what single tasks' gradients tell)
+_Result = tuple[model.Params, Metrics, jax.Array, BalanceState, Metrics, Metrics]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +35,8 @@ class Problem:
       frozen: parameters that are not trained (`optim.split`).
       dropout_rng: of this step; None: no dropout.
       shared: how tasks share parameters; None: all of them.
+      rate: float32 scalar, the learning rate of this step, where `Balance.affinity_every` looks
+        ahead by it.
     """
 
     cfg: T5Config
@@ -43,6 +45,7 @@ class Problem:
     frozen: model.Params
     dropout_rng: jax.Array | None
     shared: objective.Shared | None = None
+    rate: jax.Array | None = None
 
     @property
     def _tasks(self) -> int:
@@ -56,30 +59,33 @@ class Problem:
     def _of_task_S(self) -> jax.Array:
         return jnp.asarray(self.balancer.of_task, jnp.int32)
 
-    def prepared(self, batch: Batch) -> Batch:
-        """The batch with the method's own task ids, and what tokens count in the objective."""
+    def prepared(self, batch: Batch, reference: model.Params | None = None) -> Batch:
+        """The batch with the method's own task ids, and what tokens count in the objective.
+
+        Args:
+          batch: one global batch.
+          reference: parameters of the frozen model, where the method asks for one; its losses are
+            put into the batch.
+        """
         if self.balancer.cfg.reduction == "example_mean":
             batch = objective.with_example_weights(batch)
+        if reference is not None:
+            given = self.cfg, self.step_cfg, reference, batch, self.shared
+            batch = batch | {REFERENCE_LOSSES: objective.token_losses(*given)}
         return batch | {BALANCE_IDS: self._of_task_S[batch["decoder_task_ids"]]}
 
-    def observations(
-        self, batch: Batch, step: jax.Array, rng: jax.Array, reference: model.Params | None
-    ) -> Observations:
+    def observations(self, batch: Batch, step: jax.Array, rng: jax.Array) -> Observations:
         """What is known before the forward pass; losses are zeros yet.
 
         Args:
           batch: of `prepared`.
           step: int32 scalar, updates done so far.
           rng: the run's PRNG key.
-          reference: parameters of the frozen model, where the method asks for one.
         """
         counted_BT = batch.get(OBJECTIVE_WEIGHTS, batch["decoder_loss_weights"])
         tokens_N = objective.per_task(batch[BALANCE_IDS], self._tasks, counted_BT)[1:]
         # Behind a barrier, or the compiler may make them twice, and not in the same way.
         shares_N = jax.lax.optimization_barrier(tokens_N / jnp.maximum(jnp.sum(tokens_N), 1.0))
-        losses = None
-        if reference is not None:
-            losses = self._losses(self._sums(reference, batch, dropout_rng=None))[0]
         zeros = jnp.zeros_like(tokens_N)
         return Observations(
             step=step,
@@ -88,7 +94,7 @@ class Problem:
             losses=zeros,
             correct=zeros,
             gram=None,
-            reference=losses,
+            excess=None,
             # Apart from what dropout folds in: a method's numbers are its own.
             rng=jax.random.fold_in(jax.random.fold_in(rng, 0x6D746C), step),
             names=self.balancer.names,
@@ -109,7 +115,8 @@ class Problem:
           (gradients, sums of `objective.loss_sum`, the method's state, and to log:
           "balance_weight" [K, N], "balance_present" [N]; with gradients of single tasks "gram"
           [K, N, N], "split_half_cosine" [K, N], "gradients_seen" (whether in this step) and
-          "mixed_microbatches"; "balance/..." as the method has it).
+          "mixed_microbatches"; with `Balance.affinity_every` "affinity" [N, N], NaN in steps
+          without; "balance/..." as the method has it).
         """
         every = self.balancer.every
         with_gram = lambda: self._with_gram(params, batch, state, seen)  # noqa: E731
@@ -121,15 +128,11 @@ class Problem:
         else:
             looked = seen.step % every == 0
             result = jax.lax.cond(looked, with_gram, without)
-        grads, sums, weights_KN, state, logs, gram_KNN, halves_KN = result
+        grads, sums, weights_KN, state, logs, of_tasks = result
         told = {"balance_weight": weights_KN, "balance_present": seen.present}
         told |= {f"balance/{name}": value for name, value in logs.items()}
         if every:
-            told |= {
-                "gram": gram_KNN,
-                "split_half_cosine": halves_KN,
-                "gradients_seen": looked,
-            }
+            told |= of_tasks | {"gradients_seen": looked}
         if self.balancer.wants_blocks:
             told["mixed_microbatches"] = ~task_gradients.one_task_each(self._blocks(batch))
         return grads, sums, state, told
@@ -154,7 +157,7 @@ class Problem:
         after = None
         if self.balancer.needs(LOSSES_AFTER):
             whole = optim.merge(trained, self.frozen)
-            after = self._losses(self._sums(whole, batch, self.dropout_rng))[0]
+            after = self._losses(self._sums(whole, batch, self.dropout_rng))
         return self.balancer.observe(state, self._informed(seen, sums), after)
 
     # -----------------------------------------------------------------------------------------
@@ -173,7 +176,35 @@ class Problem:
             grads = groups.combine(grouping, found.slots, factors_KN)
         else:
             grads, sums = task_gradients.weighted_pass(grouping, part, params, blocks, factors_KN)
-        return grads, sums, weights_KN, state, logs, found.gram, found.split_half
+        of_tasks = {"gram": found.gram, "split_half_cosine": found.split_half}
+        if self.balancer.cfg.affinity_every:
+            of_tasks["affinity"] = self._affinity(found, params, batch, seen)
+        return grads, sums, weights_KN, state, logs, of_tasks
+
+    def _affinity(
+        self, found: TaskGradients, params: model.Params, batch: Batch, seen: Observations
+    ) -> jax.Array:
+        """TAG's affinity [N, N] on this batch, with its dropout; NaN in a step without.
+
+        The losses are computed in float32 whatever `T5.dtype`: in bfloat16 a step of the size of a
+        learning rate is lost among the weights' digits.
+        """
+        rate = self.rate
+        assert rate is not None
+        exact = dataclasses.replace(
+            self, cfg=dataclasses.replace(self.cfg, dtype="float32", logits_dtype="float32")
+        )
+
+        def losses(params: model.Params) -> jax.Array:
+            whole = optim.merge(params, self.frozen)
+            return exact._losses(exact._sums(whole, batch, self.dropout_rng))
+
+        def measured() -> jax.Array:
+            return lookahead.affinity(losses, params, found.slots, seen.tokens, rate)
+
+        unknown_NN = jnp.full((self._tasks, self._tasks), jnp.nan, jnp.float32)
+        due = seen.step % self.balancer.cfg.affinity_every == 0
+        return jax.lax.cond(due, measured, lambda: unknown_NN)
 
     def _task_gradients(
         self, part: task_gradients.Part, params: model.Params, blocks: Batch, seen: Observations
@@ -212,13 +243,13 @@ class Problem:
             if self.balancer.method is not None:
                 weigh = self._ratios(weights_KN, seen)
             grads, sums = self._weighted(params, batch, weigh)
-        return grads, sums, weights_KN, state, logs, *self._unseen()
+        return grads, sums, weights_KN, state, logs, self._unseen()
 
     def _between_solutions(
         self, params: model.Params, batch: Batch, state: BalanceState, seen: Observations
     ) -> _Result:
         """With the weights of the last solution."""
-        gram_KNN, halves_KN = self._unseen()
+        unseen = self._unseen()
         weights_KN = self.balancer.held_weights(state, seen)
         if self.balancer.grouping.size == 1:
             grads, sums = self._weighted(params, batch, self._ratios(weights_KN, seen))
@@ -230,18 +261,26 @@ class Problem:
             )
         # Nothing is solved, nothing is logged: zeros of the same shapes.
         solve = lambda gram: self.balancer.weights(state, dataclasses.replace(seen, gram=gram))[2]  # noqa: E731
-        logs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(solve, gram_KNN))
-        return grads, sums, weights_KN, state, logs, gram_KNN, halves_KN
+        logs = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(solve, unseen["gram"])
+        )
+        return grads, sums, weights_KN, state, logs, unseen
 
     @property
     def _one_pass(self) -> bool:
         """Whether the losses of the whole batch are there before any gradient is made."""
         return self.step_cfg.microbatches == 1 and not self.step_cfg.loss_chunk
 
-    def _unseen(self) -> tuple[jax.Array, jax.Array]:
-        """In the place of Gramian and split-half cosines, where no gradients were looked at."""
-        shape = self.balancer.grouping.size, self._tasks
-        return jnp.zeros((*shape, self._tasks), jnp.float32), jnp.zeros(shape, jnp.float32)
+    def _unseen(self) -> Metrics:
+        """In the place of what gradients of single tasks tell, where none were looked at."""
+        shape, tasks = (self.balancer.grouping.size, self._tasks), self._tasks
+        unseen = {
+            "gram": jnp.zeros((*shape, tasks), jnp.float32),
+            "split_half_cosine": jnp.zeros(shape, jnp.float32),
+        }
+        if self.balancer.cfg.affinity_every:
+            unseen["affinity"] = jnp.full((tasks, tasks), jnp.nan, jnp.float32)
+        return unseen
 
     def _ratios(self, weights_KN: jax.Array, seen: Observations) -> jax.Array:
         """[S] that token losses are multiplied by before their mean over all tokens.
@@ -302,22 +341,23 @@ class Problem:
             dropout_rng,
         )
 
-    def _losses(self, sums: Metrics) -> tuple[jax.Array, jax.Array]:
-        """Mean loss and share of right tokens of each task, float32 [N]; 0 where it is absent."""
-        name, mass = "task_loss_sum", "task_tokens"
-        if "task_mass" in sums:
-            name, mass = "task_objective_sum", "task_mass"
+    def _losses(self, sums: Metrics) -> jax.Array:
+        """Mean loss of each task, float32 [N]; 0 where it is absent."""
+        name = "task_objective_sum" if "task_mass" in sums else "task_loss_sum"
+        return self._mean(sums, name)
 
-        def mean(total: str, count: str) -> jax.Array:
-            total_N, count_N = (
-                jax.ops.segment_sum(sums[x], self._of_task_S, self._tasks + 1)[1:]
-                for x in (total, count)
-            )
-            return total_N / jnp.where(count_N > 0, count_N, 1.0)
-
-        return mean(name, mass), mean("task_correct", "task_tokens")
+    def _mean(self, sums: Metrics, total: str) -> jax.Array:
+        """Float32 [N]: a sum per SeqIO task as mean over what the objective counts; 0: absent."""
+        mass = "task_mass" if "task_mass" in sums and total != "task_correct" else "task_tokens"
+        total_N, count_N = (
+            jax.ops.segment_sum(sums[x], self._of_task_S, self._tasks + 1)[1:]
+            for x in (total, mass)
+        )
+        return total_N / jnp.where(count_N > 0, count_N, 1.0)
 
     def _informed(self, seen: Observations, sums: Metrics) -> Observations:
         """With the losses of this batch; no gradient goes through them."""
-        losses_N, correct_N = jax.lax.stop_gradient(self._losses(sums))
-        return dataclasses.replace(seen, losses=losses_N, correct=correct_N)
+        sums = jax.lax.stop_gradient(sums)
+        losses_N, correct_N = self._losses(sums), self._mean(sums, "task_correct")
+        excess_N = self._mean(sums, "task_excess_sum") if "task_excess_sum" in sums else None
+        return dataclasses.replace(seen, losses=losses_N, correct=correct_N, excess=excess_N)

@@ -11,7 +11,7 @@ import jax
 
 from mtl_jax import build, config, data, report, report_main, train
 from mtl_jax.balance.method import METHODS
-from mtl_jax.compare_config import SINGLE, Comparison, load_args
+from mtl_jax.compare_config import SINGLE, TEMPERATURE, Comparison, load_args
 from mtl_jax.config import Binding
 from mtl_jax.errors import UserError
 from mtl_jax.sharing.sharing_config import Rooms
@@ -82,7 +82,11 @@ def plan_cells(given: Comparison, root: Path) -> list[Cell]:
       UserError: the shared configuration names no mixture, or a task is not evaluated.
     """
     plan, shared = given.plan, given.shared
-    arms = {name: (shared, values) for name, values in plan.arms.items()}
+    arms = {name: (shared, values) for name, values in given.arms.items()}
+    if TEMPERATURE in plan.mixing:
+        # Other mixtures, so what the shared one's name stands for is named one by one.
+        named = (f"Eval.tasks={tuple(_evaluated(given.base))!r}",)
+        arms |= {name: (shared, (*arms[name][1], *named)) for name in arms}
     if plan.single_tasks:
         tasks, evaluated = _tasks(given.base)
         alone = tuple(b for b in shared if not _is_of_several_tasks(b))
@@ -99,12 +103,10 @@ def plan_cells(given: Comparison, root: Path) -> list[Cell]:
 
 def _tasks(base: config.Config) -> tuple[list[str], list[str]]:
     """The tasks of the shared mixture, and those that are evaluated."""
-    data.load_modules(base.data)
-    made = data.build_mixture(base.mixture) if base.mixture.name else ""
-    name = base.data.mixture or made
+    evaluated = _evaluated(base)
+    name = base.data.mixture or base.mixture.name
     if not name:
         raise UserError("Compare: set Data.mixture or Mixture.name, to say what is trained on.")
-    evaluated = [task for given in data.expand(base.eval.tasks) for task in data.task_names(given)]
     tasks = data.task_names(name)
     for task in tasks:
         if task not in evaluated:
@@ -112,7 +114,16 @@ def _tasks(base: config.Config) -> tuple[list[str], list[str]]:
                 f"Compare.single_tasks: {task!r} is trained on but not evaluated: add it to "
                 "Eval.tasks, or set Compare.single_tasks = False."
             )
-    return tasks, list(dict.fromkeys(evaluated))
+    return tasks, evaluated
+
+
+def _evaluated(base: config.Config) -> list[str]:
+    """The tasks that all runs are evaluated on."""
+    data.load_modules(base.data)
+    if base.mixture.name:
+        data.build_mixture(base.mixture)
+    tasks = [task for given in data.expand(base.eval.tasks) for task in data.task_names(given)]
+    return list(dict.fromkeys(tasks))
 
 
 def _is_of_several_tasks(binding: Binding) -> bool:

@@ -15,6 +15,8 @@ from mtl_jax.analysis.transfer import NegativeTransfer
 from mtl_jax.report_html import template
 
 _GAIN = "over static"
+# With more points than this of methods with set weights, those below the stairs have no number.
+_MOST_MARKS = 8
 _WHERE = {
     pareto.OVER: "beyond them",
     pareto.ON: "on them",
@@ -249,10 +251,12 @@ def _ends(value: Interval) -> tuple[float, float] | None:
 
 def _plot(trade_off: TradeOff) -> dict[str, Any]:
     spots, rows = [], []
+    many = sum(point.static for point in trade_off.points) > _MOST_MARKS
     for number, point in enumerate(trade_off.points, start=1):
+        marked = not (many and point.static) or point.label in trade_off.front
         spots.append(
             charts.Spot(
-                mark=str(number),
+                mark=str(number) if marked else "",
                 name=f"{point.label}: {point.x.mean:.3g}, {point.y.mean:.3g}",
                 x=point.x.mean,
                 y=point.y.mean,

@@ -55,7 +55,7 @@ class Logbook:
             report.truncate_jsonl(session.run.path / "results.jsonl", first)
         balancer = session.balancer
         self._balance_log = BalanceLog(
-            *(session.run.path, balancer.names, balancer.grouping.names),
+            *(session.run.path, balancer.names, balancer.of_task, balancer.grouping.names),
             *(balancer.method is not None, first),
             solves=balancer.needs(GRAM),
             primary=primary,
@@ -124,7 +124,8 @@ class Logbook:
             )
         good = self._guard.judge(number, values, batch, self._not_finite(number, values))
         if not values.get("gradients_seen", True):  # zeros of the size of all pairs of tasks
-            del values["gram"], values["split_half_cosine"]
+            for name in ("gram", "split_half_cosine", "affinity"):
+                values.pop(name, None)
         if not good:  # nothing was learned from it
             for name in ("task_loss_sum", "task_tokens", "task_correct"):
                 values[name] = np.zeros_like(values[name])

@@ -8,7 +8,7 @@ import numpy as np
 
 from mtl_jax import charts, heat_map
 from mtl_jax.analysis.gradients import Gradients, stages
-from mtl_jax.analysis.run_analysis import RunAnalysis, Series
+from mtl_jax.analysis.run_analysis import Affinity, RunAnalysis, Series, agreement
 
 # More curves than this cannot be told apart; the files have all.
 _MOST_CURVES = 24
@@ -199,40 +199,54 @@ def _stages(found: Gradients, order: Sequence[int]) -> list[dict[str, Any]]:
 
 
 def _affinity(analysis: RunAnalysis) -> dict[str, Any] | None:
-    if analysis.gradients is None or analysis.affinity_NN is None:
+    """Both forms of affinity, and the groups that the measured one proposes, where there is one."""
+    best = analysis.lookahead or analysis.first_order
+    if analysis.gradients is None or best is None:
         return None
-    values = analysis.affinity_NN
-    if len(values) < 2 or np.isnan(values).all():
-        return None
-    grouping, tasks = analysis.grouping, analysis.gradients.tasks
-    order = list(analysis.order)
-    rules: list[int] = []
-    if grouping is not None:
-        order = [i for group in grouping.groups for i in group]
-        rules = [int(n) for n in np.cumsum([len(group) for group in grouping.groups])[:-1]]
-    names = [tasks[i] for i in order]
-    others = values[np.ix_(order, order)].copy()
+    tasks, groups = analysis.gradients.tasks, best.grouping.groups
+    forms = (
+        ("measured one step ahead", analysis.lookahead),
+        ("to first order, from the Gramians", analysis.first_order),
+    )
+    how = "No other grouping has" if best.grouping.exact else "Greedy search:"
+    other, agreed = "", agreement(analysis)
+    if analysis.lookahead is not None and analysis.first_order is not None:
+        same = analysis.first_order.grouping.groups == groups
+        other = "The Gramians propose the same groups" if same else "The Gramians propose others"
+        if agreed is not None:
+            other += f"; over pairs of tasks both forms correlate at {agreed:.2f}"
+        other += "."
+    return {
+        "figures": [
+            _affinity_figure(name, form, tasks, groups) for name, form in forms if form is not None
+        ],
+        "groups": [", ".join(tasks[i] for i in group) for group in groups],
+        "about": f"Proposed groups to train together. {how} more affinity within groups. {other}",
+        "files": ["affinity.json"]
+        + (["lookahead.json", "lookahead.csv"] if analysis.lookahead is not None else []),
+        "lookaheads": 0 if analysis.lookahead is None else analysis.lookahead.lines,
+    }
+
+
+def _affinity_figure(
+    name: str, form: Affinity, tasks: Sequence[str], groups: Sequence[Sequence[int]]
+) -> dict[str, Any]:
+    order = [i for group in groups for i in group]
+    others = form.mean_NN[np.ix_(order, order)].copy()
     np.fill_diagonal(others, np.nan)  # a task's help to itself would drown the others
     known = np.abs(others[~np.isnan(others)])
     largest = float(known.max()) if known.size else 0.0
     # One power of a thousand for all cells: shares are small numbers.
     power = int(np.ceil(-np.log10(largest) / 3)) if 0 < largest < 1 else 0
-    scaled = others * 1000.0**power
     drawing = heat_map.heat_map(
-        scaled,
-        names,
-        title="Affinity of the row's task onto the column's",
+        others * 1000.0**power,
+        [tasks[i] for i in order],
+        title=f"Affinity of the row's task onto the column's, {name}",
         limit=largest * 1000.0**power,
-        rules=rules,
+        rules=[int(n) for n in np.cumsum([len(group) for group in groups])[:-1]],
     )
-    groups = grouping.groups if grouping is not None else ()
-    how = "No other grouping has" if grouping is not None and grouping.exact else "Greedy search:"
-    return {
-        "drawing": markupsafe.Markup(drawing),
-        "unit": _UNITS.get(power, f"units of 10^-{3 * power}"),
-        "groups": [", ".join(tasks[i] for i in group) for group in groups],
-        "about": f"Proposed groups to train together. {how} more affinity within groups.",
-    }
+    unit = _UNITS.get(power, f"units of 10^-{3 * power}")
+    return {"caption": f"{name}, in {unit}", "drawing": markupsafe.Markup(drawing)}
 
 
 def _representations(found: Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -23,6 +23,8 @@ Metrics = dict[str, jax.Array]
 Weigh = jax.Array | Callable[[Metrics], jax.Array]
 # Of a batch: what tokens count in the objective, where it is not "decoder_loss_weights".
 OBJECTIVE_WEIGHTS = "decoder_objective_weights"
+# Of a batch: `token_losses` of a frozen model that the losses are compared with.
+REFERENCE_LOSSES = "decoder_reference_losses"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,6 +162,7 @@ def loss_sum(
       num_tasks: number of real tasks; per-task vectors have `num_tasks + 1` entries, 0 is padding.
       params: tree of `model.init`.
       batch: see `data.py`; with "decoder_objective_weights", these weigh the tokens in the sum.
+        "decoder_reference_losses" are those of another model (`token_losses`).
       dropout_rng: a PRNG key, or None for no dropout.
       weigh: float32 [N] that the tokens of each task are multiplied by in the scalar, or a function
         that makes it of the sums (not with `Step.loss_chunk`).
@@ -167,9 +170,11 @@ def loss_sum(
 
     Returns:
       (scalar, {"z_loss_sum": [], "task_loss_sum", "task_tokens", "task_correct": [N]}, and with
-      "decoder_objective_weights" "task_objective_sum" and "task_mass": so weighed; with an
-      adversary "adversary_loss_sum", "adversary_examples" and "adversary_correct", which are no
-      part of the scalar).
+      "decoder_objective_weights" "task_objective_sum" and "task_mass": so weighed; with
+      "decoder_reference_losses" "task_excess_sum", of what each token's cross-entropy is above the
+      reference's, at least 0, and weighed as in the scalar; with an adversary
+      "adversary_loss_sum", "adversary_examples" and "adversary_correct", which are no part of the
+      scalar).
     """
     plain = params if shared is None else shared.plain(params, batch)
     encoded_BLD = _encoded(cfg, plain, batch, dropout_rng)
@@ -187,6 +192,9 @@ def loss_sum(
         if OBJECTIVE_WEIGHTS in batch:
             sums["task_objective_sum"] = of_tasks(tokens.loss * counted_BT)
             sums["task_mass"] = of_tasks(counted_BT)
+        if REFERENCE_LOSSES in batch:
+            above_BT = tokens.loss - tokens.z_loss - batch[REFERENCE_LOSSES]
+            sums["task_excess_sum"] = of_tasks(jnp.maximum(above_BT, 0.0) * counted_BT)
         return sums
 
     # Behind a barrier, what follows is one program, so that weights of 1 change no bit of it.
@@ -207,6 +215,39 @@ def loss_sum(
     )
     found = {} if shared is None else shared.adversary(params, batch, encoded_BLD)
     return total, sums_of(tokens) | found
+
+
+def token_losses(
+    cfg: T5Config,
+    step_cfg: StepConfig,
+    params: model.Params,
+    batch: Batch,
+    shared: Shared | None = None,
+) -> jax.Array:
+    """Float32 [B, T]: the cross-entropy of each target token, without dropout and z-loss.
+
+    In the microbatches of the step, so that it needs no more memory, and under `shared` each has
+    its task's parameters.
+    """
+
+    def part(rows: Batch) -> jax.Array:
+        plain = params if shared is None else shared.plain(params, rows)
+        _, tokens = loss.weighted_loss(
+            cfg,
+            plain,
+            hidden_states(cfg, plain, rows),
+            rows["decoder_target_tokens"],
+            rows["decoder_loss_weights"],
+            z_loss=0.0,
+            label_smoothing=step_cfg.label_smoothing,
+            chunk=step_cfg.loss_chunk,
+        )
+        return tokens.loss
+
+    if step_cfg.microbatches == 1:
+        return part(batch)
+    losses_MRT = jax.lax.map(part, split_microbatches(batch, step_cfg.microbatches))
+    return losses_MRT.swapaxes(0, 1).reshape(batch["decoder_target_tokens"].shape)
 
 
 def per_task(ids_BT: jax.Array, num_tasks: int, values_BT: jax.Array) -> jax.Array:

@@ -77,6 +77,8 @@ def write_comparison(
 ) -> None:
     """Writes comparison.html, .json and .md of runs into a folder, and prints the table.
 
+    trade_offs.csv has the points of the trade-off plots, where there are some.
+
     Args:
       run_dirs: the runs, methods x seeds, and those of single tasks.
       output: the folder.
@@ -87,8 +89,9 @@ def write_comparison(
       UserError: a folder that holds no run, or runs that cannot be compared.
     """
     from mtl_jax import comparison_html
+    from mtl_jax.analysis import trade_offs
     from mtl_jax.analysis.comparison import compare
-    from mtl_jax.analysis.files import write_json
+    from mtl_jax.analysis.files import write_csv, write_json
 
     for run_dir in run_dirs:
         report.require_run(run_dir)
@@ -100,5 +103,8 @@ def write_comparison(
         replace_text(folder / "comparison.html", comparison_html.render(comparison))
         replace_text(folder / "comparison.md", markdown)
     write_json(folder / "comparison.json", comparison.as_json())
+    if comparison.trade_offs:
+        table = trade_offs.rows(comparison.trade_offs)
+        write_csv(folder / "trade_offs.csv", trade_offs.COLUMNS, table)
     print(markdown, end="")
     print(f"Comparison: {folder / 'comparison.html'}")

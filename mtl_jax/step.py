@@ -112,9 +112,10 @@ def train_step(
             *(cfg, step_cfg, num_tasks, trained, batch, dropout_rng, frozen), shared=shared
         )
     else:
-        problem = Problem(cfg, step_cfg, balancer, frozen, dropout_rng, shared)
-        batch = problem.prepared(batch)
-        seen = problem.observations(batch, state.step, rng, reference)
+        rate = optim.learning_rate(optimizer_cfg, state.step)
+        problem = Problem(cfg, step_cfg, balancer, frozen, dropout_rng, shared, rate)
+        batch = problem.prepared(batch, reference)
+        seen = problem.observations(batch, state.step, rng)
         grads, sums, balance, told = problem.gradients(trained, batch, balance, seen)
     if shared is not None:
         grads, more = _with_penalty(shared, grads, trained, frozen, sums)

@@ -13,7 +13,7 @@ NAMES = ("qa", "nli_a", "nli_b", "sum")
 KEY = jax.random.key(7)
 
 
-def observe(tokens, losses=None, correct=None, reference=None, step=0, names=None):
+def observe(tokens, losses=None, correct=None, excess=None, step=0, names=None):
     """Observations of a batch; values of absent tasks are 0, as promised."""
     tokens = np.asarray(tokens, np.float32)
     there = tokens > 0
@@ -28,7 +28,7 @@ def observe(tokens, losses=None, correct=None, reference=None, step=0, names=Non
         losses=mean(losses),
         correct=mean(correct),
         gram=None,
-        reference=None if reference is None else mean(reference),
+        excess=None if excess is None else mean(excess),
         rng=jax.random.fold_in(KEY, step),
         names=NAMES[: len(tokens)] if names is None else names,
     )
@@ -55,7 +55,7 @@ def random_batches(count, tasks, seed=0, absent=None):
             tokens[absent] = 0
         losses = rng.uniform(0.2, 3.0, tasks)
         after = np.where(tokens > 0, losses * rng.uniform(0.8, 1.05, tasks), 0.0)
-        values = losses, rng.random(tasks), losses * rng.uniform(0.5, 1.1, tasks)
+        values = losses, rng.random(tasks), losses * rng.uniform(0.0, 0.5, tasks)
         yield observe(tokens, *values, step=step), jnp.asarray(after, jnp.float32)
 
 

@@ -61,7 +61,7 @@ def observe(*jacobians, present=None, seed=0, losses=None):
         losses=jnp.asarray(np.asarray(losses) * present_N, jnp.float32),
         correct=jnp.zeros(count, jnp.float32),
         gram=jnp.asarray(gram_KNN, jnp.float32),
-        reference=None,
+        excess=None,
         rng=jax.random.key(seed),
         names=tuple(f"task_{number}" for number in range(count)),
     )

@@ -75,8 +75,12 @@ def add_gradients(
     noise: float | None = 0.4,
     jitter: float = 0.05,
     losses: np.ndarray | None = None,
+    lookahead_NN: np.ndarray | None = None,
 ) -> None:
-    """Adds weights, gradients.jsonl and so on to a run; gradients all have the length 2."""
+    """Adds weights, gradients.jsonl and so on to a run; gradients all have the length 2.
+
+    Every second line has the affinity `lookahead_NN`.
+    """
     generator = np.random.default_rng(7)
     count = len(tasks)
     path = folder / "metrics.jsonl"
@@ -106,5 +110,7 @@ def add_gradients(
                 "noise": [[noise] * count] * len(groups),
             }
         )
+        if lookahead_NN is not None and row["step"] % 20 == 0:
+            rows[-1] |= {"lookaheads": 2, "affinity": lookahead_NN.tolist()}
     write_lines(path, metrics)
     write_lines(folder / "gradients.jsonl", rows)

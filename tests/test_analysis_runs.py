@@ -1,6 +1,7 @@
 """From the files of runs to numbers, pages and refusals."""
 
 import csv
+import dataclasses
 import json
 from pathlib import Path
 
@@ -57,6 +58,12 @@ def test_gradients_of_a_run_that_got_another_task(tmp_path):
         ({"noise": None}, r"'noise' must be numbers or null of the shape \(1, 2\)"),
         ({"tasks": ["a", "a"]}, "'tasks' must be different names"),
         ({"steps": "2"}, "'steps' must be of type int"),
+        ({"loss": [1.0]}, r"'loss' must be numbers or null of the shape \(2,\)"),
+        ({"affinity": [[0.0, 0.0]] * 2}, "'lookaheads' must be of type int"),
+        (
+            {"affinity": [0.0, 0.0], "lookaheads": 1},
+            r"'affinity' must be numbers or null of the shape \(2, 2\)",
+        ),
     ],
 )
 def test_a_damaged_line_is_named(tmp_path, change, message):
@@ -74,7 +81,8 @@ def made(cosine_L, noise=0.5, steps=None):
     steps_L = np.ones(count) if steps is None else np.asarray(steps, float)
     return gradients.Gradients(
         ("a", "b"), ("all",), 10 * np.arange(count), steps_L, 4 * cosine, cosine,
-        np.full((count, 1, 2), noise),
+        np.full((count, 1, 2), noise), np.full((count, 2), np.nan), np.full((count, 2, 2), np.nan),
+        np.zeros(count),
     )  # fmt: skip
 
 
@@ -117,12 +125,15 @@ def test_affinity_over_training_from_gramian_rate_and_loss():
         {"step": 10, "learning_rate": 0.2, "loss/a": 2.0},
         {"step": 10, "eval/accuracy": 3.0},
     ]
-    z = gradients.training_affinity(found, metrics)
+    z = gradients.weighted_mean(gradients.first_order(found, metrics), found.steps_L)
     # Onto b only the first line knows the loss: 0.1 * 4 * 0.5 / 1.
     assert z[0, 1] == pytest.approx(0.2)
     # Onto a: the mean of 0.1 * 4 * 0.5 / 2 and 0.2 * 4 * 0.25 / 2.
     assert z[1, 0] == pytest.approx(0.1)
-    assert np.isnan(gradients.training_affinity(found, [])).all()
+    assert np.isnan(gradients.first_order(found, [])).all()
+    # What a line says of its own losses counts before metrics.jsonl.
+    own = dataclasses.replace(found, loss_LN=np.array([[np.nan, 4.0], [np.nan, np.nan]]))
+    assert gradients.first_order(own, metrics)[0, 0, 1] == pytest.approx(0.05)
 
 
 # One run

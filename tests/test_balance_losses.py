@@ -85,7 +85,7 @@ def test_a_task_that_is_never_there_might_as_well_not_exist(method):
     four = list(random_batches(12, 4, seed=2, absent=2))
     three = []
     for seen, after_N in four:
-        fields = ("tokens", "shares", "losses", "correct", "reference")
+        fields = ("tokens", "shares", "losses", "correct", "excess")
         values = {name: getattr(seen, name)[left] for name in fields}
         names = tuple(NAMES[task] for task in left)
         three.append((dataclasses.replace(seen, names=names, **values), after_N[left]))
@@ -111,7 +111,7 @@ def test_a_state_that_went_through_a_file_goes_on_the_same(method, tmp_path):
 @each_method
 def test_a_batch_without_any_token_divides_nothing_by_zero(method):
     _, state = run(method, random_batches(3, 4, seed=4))
-    empty = observe(np.zeros(4), step=3, reference=np.zeros(4))
+    empty = observe(np.zeros(4), step=3, excess=np.zeros(4))
     weights_N, new, _ = one_step(method, state, empty, jnp.zeros(4))
     np.testing.assert_array_equal(weights_N, np.zeros(4))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(new))

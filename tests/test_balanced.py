@@ -34,7 +34,7 @@ def gradients_of(chosen, rows, settings=SETTINGS, state=None):
     def compute(params, rows):
         problem = Problem(CFG, settings, chosen, {}, None)
         rows = problem.prepared(rows)
-        seen = problem.observations(rows, jnp.int32(0), KEY, None)
+        seen = problem.observations(rows, jnp.int32(0), KEY)
         return problem.gradients(params, rows, state or chosen.init(), seen)
 
     return jax.jit(compute)(PARAMS, rows)
@@ -290,7 +290,7 @@ def test_a_step_between_solutions_applies_the_held_weights(groups_kind):
     def later(params, rows):
         problem = Problem(CFG, SETTINGS, chosen, {}, None)
         rows = problem.prepared(rows)
-        seen = problem.observations(rows, jnp.int32(1), KEY, None)
+        seen = problem.observations(rows, jnp.int32(1), KEY)
         return problem.gradients(params, rows, problem_state, seen)
 
     again = jax.jit(later)(PARAMS, batch())

@@ -14,7 +14,7 @@ from mtl_jax.sharding import MeshConfig
 
 
 def run(chosen, layout, steps=2, axes=AXES):
-    """Losses, Gramians and final parameters of some steps in a layout."""
+    """Weights, affinity, losses and final parameters of some steps in a layout."""
     mesh = sharding.make_mesh(MeshConfig(*layout), jax.devices()[: int(np.prod(layout))])
     state = initial(chosen)
     shapes = jax.eval_shape(lambda: initial(chosen))
@@ -30,7 +30,8 @@ def run(chosen, layout, steps=2, axes=AXES):
         for number in range(steps):
             arrays = sharding.put_batch(mesh, batch(seed=number, rows=32))
             state, metrics = update(state, arrays, key, reference)
-            found.append(np.concatenate([metrics["balance_weight"].ravel(), [metrics["loss"]]]))
+            numbers = [metrics[n].ravel() for n in ("balance_weight", "affinity") if n in metrics]
+            found.append(np.concatenate([*numbers, [metrics["loss"]]]))
     return np.array(found), jax.device_get(state)
 
 
@@ -47,7 +48,7 @@ LAYOUTS = ((1, 8, 1), (2, 2, 2))
 @pytest.mark.parametrize(
     ("name", "values"),
     [
-        pytest.param("CAGrad", {}, id="microbatch"),
+        pytest.param("CAGrad", {"affinity_every": 1}, id="microbatch"),
         pytest.param("PCGrad", {"groups": "layer", "task_gradients": "sketch"}, id="sketch"),
         pytest.param("MGDA", {"task_gradients": "vmap"}, id="vmap"),
     ],

@@ -216,7 +216,7 @@ def test_methods_page_names_what_methods_log():
     ones, names = jnp.ones(2), ("a", "b")
     seen = Observations(
         step=jnp.int32(0), tokens=ones, shares=ones / 2, losses=ones, correct=ones,
-        gram=jnp.eye(2)[None], reference=ones, rng=jax.random.key(0), names=names,
+        gram=jnp.eye(2)[None], excess=ones, rng=jax.random.key(0), names=names,
     )  # fmt: skip
     for name, kind in own_methods().items():
         given = {"source": ("a",), "target": ("b",)} if name == "TransferObjective" else {}

@@ -72,6 +72,30 @@ def test_a_stopped_run_under_a_method_continues_bit_by_bit(gradnorm):
 
 
 @pytest.mark.slow
+def test_a_run_looks_ahead_and_trains_as_if_it_did_not(tmp_path, capsys):
+    """Training is as without (bit for bit: test_lookahead.py), and both affinities are near."""
+    looks = {"Data__batch_size": 24, "Run__log_every": 4, "Balance__monitor_every": 2}
+    rows = []
+    for name, more in (("without", {}), ("with", {"Balance__affinity_every": 4})):
+        assert cli.main(flags(tmp_path / name, **looks, **more)) == 0
+        rows.append(losses(tmp_path / name))
+    for plain, looked in zip(*rows, strict=True):
+        assert plain == pytest.approx(looked, rel=1e-4)
+    assert "for the affinity 4 forward passes" in capsys.readouterr().err
+    written = lines(tmp_path / "with" / "gradients.jsonl")
+    # The first and the fifth step; lines are written at the checkpoints of steps 3 and 6, too.
+    assert [row["step"] for row in written if "affinity" in row] == [3, 6]
+    assert all(row["lookaheads"] == 1 for row in written if "affinity" in row)
+    analysis = tmp_path / "with" / "analysis"
+    found, linear = (
+        json.loads((analysis / name).read_text()) for name in ("lookahead.json", "affinity.json")
+    )
+    assert found["tasks"] == linear["tasks"] == list(TASKS)
+    assert found["correlation_with_first_order"] > 0.5
+    assert "measured one step ahead" in (tmp_path / "with" / "report.html").read_text()
+
+
+@pytest.mark.slow
 def test_the_dry_run_tells_the_cost(gradnorm, capsys):
     assert cli.main([*flags(gradnorm.parent / "dry", **GRADNORM), "--dry_run"]) == 0
     out = capsys.readouterr().out

@@ -6,11 +6,10 @@ import golden
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import sharing_plans as plans
 
-from mtl_jax import model, patterns
+from mtl_jax import patterns
 from mtl_jax.errors import UserError
 from mtl_jax.layers import Mlp
 from mtl_jax.sharing import adversary, embeddings, experts, lora, tree
@@ -336,129 +335,3 @@ def test_schedules(schedule, expected):
     cfg = AdversaryConfig(weight=2.0, schedule=schedule, ramp_steps=10)
     for number, value in expected.items():
         np.testing.assert_allclose(adversary.strength(cfg, number), value, rtol=1e-5, atol=1e-7)
-
-
-# ---------------------------------------------------------------------------------------------
-# Adversary: what it is for
-# ---------------------------------------------------------------------------------------------
-
-CLASSES, DIM = 3, 8
-
-
-def toy_data(random, rows, prefix_only):
-    """Rows of two states [prefix, content], a task each; answers by task and content.
-
-    Either all tasks ask for the same of the content (a shared answer), beside which the content
-    betrays the task; or the answer depends on the task, which stands in the prefix alone.
-    """
-    task = random.randint(0, CLASSES, rows)
-    sign = random.randint(0, 2, rows)
-    states = 0.3 * random.randn(rows, 2, 8)
-    states[np.arange(rows), 0 if prefix_only else 1, task] += 2.0
-    states[:, 1, 4] += 2.0 * sign - 1.0
-    answer = (sign + task) % 2 if prefix_only else sign
-    return tuple(map(np.asarray, (states.astype(np.float32), task + 1, answer)))
-
-
-def toy_run(lam, prefix_only, steps=1200):
-    """A linear-tanh encoder, a decoder of the mean state, the real adversary; losses at the end."""
-    cfg = AdversaryConfig(weight=lam, hidden_dim=16) if lam else None
-    plan = make_plan(
-        Rooms(adversary=AdversaryConfig(weight=lam or 1.0, hidden_dim=16)),
-        plans.NAMES,
-        golden.config("1.1", emb_dim=DIM),
-    )
-    base = model.init(plan.base, jax.random.key(0))
-    random = np.random.RandomState(0)
-    params = {
-        "encoder": random.randn(8, DIM).astype(np.float32) / 3,
-        "decoder": [random.randn(DIM, 16).astype(np.float32) / 4, np.zeros((16, 2), np.float32)],
-        "adversary": tree.init(plan, jax.random.key(1), base)["sharing"]["adversary"],
-    }
-    segments = np.ones((256, 2), np.int32)
-
-    def encode(params, states):
-        return jnp.tanh(states.reshape(-1, 8) @ params["encoder"]).reshape(*states.shape[:2], DIM)
-
-    def task_loss(params, encoded, answer):
-        hidden = jnp.tanh(encoded.mean(1) @ params["decoder"][0])
-        found = jax.nn.log_softmax(hidden @ params["decoder"][1])
-        return -jnp.mean(jnp.take_along_axis(found, answer[:, None], 1))
-
-    def objective(params, states, task, answer):
-        encoded = encode(params, states)
-        total = task_loss(params, encoded, answer)
-        if cfg:
-            ids = jnp.broadcast_to(task[:, None], segments.shape)
-            ce, count, _ = adversary.loss(cfg, params["adversary"], encoded, segments, ids, 0)
-            total = total + ce / count
-        return total
-
-    # The classifier has to follow the encoder, so its learning rate is higher; and both must come
-    # to rest, for the two play against each other.
-    rates = {"encoder": 4e-3, "decoder": 4e-3, "adversary": 2e-2}
-    rules = {k: optax.adam(optax.cosine_decay_schedule(v, steps), b1=0.5) for k, v in rates.items()}
-    optimizer = optax.partition(rules, {k: k for k in rates})
-
-    @jax.jit
-    def update(params, state, *rows):
-        updates, state = optimizer.update(jax.grad(objective)(params, *rows), state)
-        return optax.apply_updates(params, updates), state
-
-    state = optimizer.init(params)
-    for _ in range(steps):
-        params, state = update(params, state, *toy_data(random, 256, prefix_only))
-    states, task, answer = toy_data(random, 2000, prefix_only)
-    encoded = encode(params, states)
-    return float(task_loss(params, encoded, answer)), np.asarray(encoded.mean(1)), task
-
-
-def fresh_probe(features, task, steps=600):
-    """Accuracy on held-out rows of a classifier trained afterwards on frozen features."""
-    random = np.random.RandomState(2)
-    features = (features - features.mean(0)[None]) / (features.std(0)[None] + 1e-6)
-    probe = {
-        f"dense_{n}": {
-            "kernel": (random.randn(*shape) / np.sqrt(shape[0])).astype(np.float32),
-            "bias": np.zeros(shape[1], np.float32),
-        }
-        for n, shape in enumerate([(DIM, 16), (16, CLASSES)])
-    }
-
-    def objective(probe):
-        found = jax.nn.log_softmax(adversary.classify(probe, features[:1000]))
-        return -jnp.mean(jnp.take_along_axis(found, task[:1000, None] - 1, 1))
-
-    optimizer = optax.adam(1e-2)
-
-    @jax.jit
-    def update(probe, state):
-        updates, state = optimizer.update(jax.grad(objective)(probe), state)
-        return optax.apply_updates(probe, updates), state
-
-    state = optimizer.init(probe)
-    for _ in range(steps):
-        probe, state = update(probe, state)
-    guess = np.asarray(adversary.classify(probe, features[1000:])).argmax(-1)
-    return np.mean(guess == task[1000:] - 1)
-
-
-@pytest.mark.slow
-def test_an_adversary_takes_the_task_out_of_the_states():
-    """A fresh probe finds the task without it, hardly with it, and the answers stay right."""
-    plain_loss, features, task = toy_run(0.0, prefix_only=False)
-    assert plain_loss < 0.05
-    assert fresh_probe(features, task) > 0.6
-    loss, features, task = toy_run(1.0, prefix_only=False, steps=2400)
-    assert loss < 0.1
-    # Chance is 1/3, and 1000 rows have a standard deviation of 0.015.
-    assert fresh_probe(features, task) < 0.45
-
-
-@pytest.mark.slow
-def test_an_adversary_harms_tasks_whose_name_is_all_that_tells_them_apart():
-    """Without the task the answer is a guess: the task loss must rise."""
-    plain_loss, _, _ = toy_run(0.0, prefix_only=True)
-    loss, _, _ = toy_run(20.0, prefix_only=True)
-    assert plain_loss < 0.1
-    assert loss > plain_loss + 0.3

@@ -3,7 +3,9 @@
 A line of the file holds, for one log step: `step`; `tasks` and `groups`, names; `steps`, how many
 steps are averaged; `gram` and `cosine`, [K][N][N], means over the steps where both tasks were
 present, null where never; `noise`, [K][N], the cosine of a task's gradients on two halves of its
-examples, null where unknown.
+examples, null where unknown; `loss`, [N], means of the tasks' losses, which older files lack. With
+`Balance.affinity_every`, in lines of steps that looked ahead: `affinity`, [N][N], row onto column,
+and `lookaheads`, how many steps it averages.
 
 Letters: L lines, K groups of parameters, N tasks.
 """
@@ -33,6 +35,9 @@ class Gradients:
       gram_LKNN: NaN where unknown, as the two below.
       cosine_LKNN: cosines.
       noise_LKN: cosines of the halves of a task's batch.
+      loss_LN: mean losses of the tasks.
+      lookahead_LNN: affinity of row onto column, measured by steps on single tasks.
+      lookaheads_L: how many steps each line averages there; 0: none.
     """
 
     tasks: tuple[str, ...]
@@ -42,6 +47,9 @@ class Gradients:
     gram_LKNN: np.ndarray
     cosine_LKNN: np.ndarray
     noise_LKN: np.ndarray
+    loss_LN: np.ndarray
+    lookahead_LNN: np.ndarray
+    lookaheads_L: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +88,8 @@ def read_gradients(path: Path) -> Gradients | None:
     shape = (len(rows), len(groups), len(tasks), len(tasks))
     gram, cosine = np.full(shape, np.nan), np.full(shape, np.nan)
     noise = np.full(shape[:3], np.nan)
+    loss = np.full((len(rows), len(tasks)), np.nan)
+    ahead = np.full((len(rows), len(tasks), len(tasks)), np.nan)
     for i, row in enumerate(rows):
         # The tasks or groups of a continued run may be others.
         task_ids = [tasks.index(name) for name in row["tasks"]]
@@ -87,9 +97,14 @@ def read_gradients(path: Path) -> Gradients | None:
         block = np.ix_([i], group_ids, task_ids, task_ids)
         gram[block], cosine[block] = _numbers(row["gram"]), _numbers(row["cosine"])
         noise[np.ix_([i], group_ids, task_ids)] = _numbers(row["noise"])
+        if "loss" in row:
+            loss[i, task_ids] = _numbers(row["loss"])
+        if "affinity" in row:
+            ahead[np.ix_([i], task_ids, task_ids)] = _numbers(row["affinity"])
     step = np.array([row["step"] for row in rows])
     steps = np.array([row["steps"] for row in rows], float)
-    return Gradients(tasks, groups, step, steps, gram, cosine, noise)
+    aheads = np.array([row.get("lookaheads", 0) for row in rows], float)
+    return Gradients(tasks, groups, step, steps, gram, cosine, noise, loss, ahead, aheads)
 
 
 def _numbers(values: Any) -> np.ndarray:
@@ -106,7 +121,13 @@ def _check(row: Mapping[str, Any], place: str) -> None:
             raise UserError(f"{place}: {name!r} must be different names.")
     tasks, groups = len(row["tasks"]), len(row["groups"])
     square = (groups, tasks, tasks)
-    for name, shape in (("gram", square), ("cosine", square), ("noise", square[:2])):
+    shapes = {"gram": square, "cosine": square, "noise": square[:2]}
+    shapes |= {"loss": (tasks,)} if "loss" in row else {}
+    if "affinity" in row:
+        shapes["affinity"] = (tasks, tasks)
+        if not isinstance(row.get("lookaheads"), int):
+            raise UserError(f"{place}: 'lookaheads' must be of type int.")
+    for name, shape in shapes.items():
         try:
             found = _numbers(row.get(name)).shape
         except (TypeError, ValueError):
@@ -164,15 +185,12 @@ def _half_width(values_LKNN: np.ndarray) -> np.ndarray:
     return np.where(count > 0, factor * error, np.nan)
 
 
-def training_affinity(gradients: Gradients, metrics: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    """First-order affinity [N, N] averaged over training, of the whole model.
+def first_order(gradients: Gradients, metrics: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """First-order affinity of the whole model at each line, [L, N, N]; NaN where unknown.
 
-    The groups' Gramians add up to the model's. Rate and losses are those that metrics.jsonl has
-    for the same step. The rate is the optimizer's, whose steps are no plain gradient steps: pairs
-    can be compared, the scale is nominal.
-
-    Returns:
-      NaN where no line knows a pair together with its loss.
+    The groups' Gramians add up to the model's. The rate, and in older files the losses, are those
+    that metrics.jsonl has for the same step. The rate is the optimizer's, whose steps are no plain
+    gradient steps: pairs can be compared, the scale is nominal.
     """
     by_step: dict[int, dict[str, Any]] = {}
     for row in metrics:
@@ -180,8 +198,9 @@ def training_affinity(gradients: Gradients, metrics: Sequence[Mapping[str, Any]]
     lines = []
     for i, step in enumerate(gradients.step_L):
         row = by_step.get(int(step), {})
-        losses = _numbers([row.get(f"loss/{task}") for task in gradients.tasks])
+        logged = _numbers([row.get(f"loss/{task}") for task in gradients.tasks])
+        losses = np.where(np.isnan(gradients.loss_LN[i]), logged, gradients.loss_LN[i])
         rate = row.get("learning_rate")
         gram_NN = gradients.gram_LKNN[i].sum(axis=0)  # NaN unless every group knows the pair
         lines.append(gramian_affinity(gram_NN, losses, np.nan if rate is None else rate))
-    return weighted_mean(np.stack(lines), gradients.steps_L)
+    return np.stack(lines)

@@ -12,9 +12,9 @@ from mtl_jax.analysis.files import read_object, write_csv, write_json
 from mtl_jax.analysis.gradients import (
     Gradients,
     MeanCosine,
+    first_order,
     mean_cosine,
     read_gradients,
-    training_affinity,
     weighted_mean,
 )
 from mtl_jax.analysis.ordering import average_linkage
@@ -27,7 +27,33 @@ TRACES = ("weight", "effective_share", "gradient_norm", "epochs")
 _MOST_GROUPS = 6
 SCALARS = ("conflict_rate", "solver_fallback")
 
+_FIRST_ORDER = (
+    "row onto column: share of the column's loss that a plain gradient step on the row's loss "
+    "takes away, to first order, averaged over training"
+)
+_LOOKAHEAD = (
+    "row onto column: share of the column's loss that a plain gradient step on the row's loss took "
+    "away on the same batch, averaged over the steps that looked ahead"
+)
+
 Series = list[tuple[int, float]]  # (step, value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Affinity:
+    """Which tasks help which, and which to train together.
+
+    Attributes:
+      by_line_LNN: of row onto column, at each line of gradients.jsonl; NaN where unknown.
+      mean_NN: averaged over training.
+      lines: how many of the lines know a pair.
+      grouping: the best one.
+    """
+
+    by_line_LNN: np.ndarray
+    mean_NN: np.ndarray
+    lines: int
+    grouping: Grouping
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +68,8 @@ class RunAnalysis:
       gradients: of gradients.jsonl.
       cosine: their cosines averaged over training.
       order: of the tasks of `gradients`, alike ones side by side.
-      affinity_NN: of row onto column.
-      grouping: the best one by affinity; None with fewer than two tasks or nothing known.
+      first_order: affinity by the Gramians; None with fewer than two tasks or nothing known.
+      lookahead: affinity as measured by steps on single tasks (`Balance.affinity_every`), or None.
       representations: of analysis/representations.json, which `mtl-jax report --representations`
         writes.
     """
@@ -55,8 +81,8 @@ class RunAnalysis:
     gradients: Gradients | None
     cosine: MeanCosine | None
     order: Sequence[int]
-    affinity_NN: np.ndarray | None
-    grouping: Grouping | None
+    first_order: Affinity | None
+    lookahead: Affinity | None
     representations: Mapping[str, Any] | None
 
 
@@ -68,14 +94,13 @@ def analyse(run: Path) -> RunAnalysis:
     """
     metrics = read_jsonl(run / "metrics.jsonl")
     gradients = read_gradients(run / "gradients.jsonl")
-    cosine, affinity_NN, grouping = None, None, None
+    cosine, linear, ahead = None, None, None
     order: list[int] = []
     if gradients is not None:
         cosine = mean_cosine(gradients)
         order = _alike(cosine.cosine_KNN)
-        affinity_NN = training_affinity(gradients, metrics)
-        if len(gradients.tasks) > 1 and not np.isnan(affinity_NN).all():
-            grouping = best_grouping(affinity_NN)
+        linear = _affinity(first_order(gradients, metrics), gradients.steps_L)
+        ahead = _affinity(gradients.lookahead_LNN, gradients.lookaheads_L)
     return RunAnalysis(
         method=read_object(run / "method.json") or {},
         rates=_rates(run / "rates.json"),
@@ -84,10 +109,38 @@ def analyse(run: Path) -> RunAnalysis:
         gradients=gradients,
         cosine=cosine,
         order=order,
-        affinity_NN=affinity_NN,
-        grouping=grouping,
+        first_order=linear,
+        lookahead=ahead,
         representations=read_object(run / FOLDER / "representations.json"),
     )
+
+
+def _affinity(by_line_LNN: np.ndarray, weight_L: np.ndarray) -> Affinity | None:
+    mean_NN = weighted_mean(by_line_LNN, weight_L)
+    if len(mean_NN) < 2 or np.isnan(mean_NN).all():
+        return None
+    lines = int((~np.isnan(by_line_LNN)).any(axis=(1, 2)).sum())
+    return Affinity(by_line_LNN, mean_NN, lines, best_grouping(mean_NN))
+
+
+def agreement(analysis: RunAnalysis) -> float | None:
+    """Correlation of both affinities over pairs of different tasks, on the lines that have both.
+
+    None with fewer than three such pairs, or where one of the two is constant.
+    """
+    if analysis.first_order is None or analysis.lookahead is None:
+        return None
+    linear, ahead = analysis.first_order.by_line_LNN, analysis.lookahead.by_line_LNN
+    both = ~np.isnan(linear) & ~np.isnan(ahead)
+    means = [
+        weighted_mean(np.where(both, values, np.nan), np.ones(len(values)))
+        for values in (linear, ahead)
+    ]
+    pairs = ~np.eye(linear.shape[1], dtype=bool) & ~np.isnan(means[0])
+    x, y = (mean[pairs] for mean in means)
+    if x.size < 3 or not x.std() or not y.std():
+        return None
+    return float(np.corrcoef(x, y)[0, 1])
 
 
 def _alike(cosine_KNN: np.ndarray) -> list[int]:
@@ -120,7 +173,8 @@ def save(analysis: RunAnalysis, run: Path) -> list[Path]:
 
     weight.csv and so on: a line per step, a column per task. cosine.csv: a line per step, group
     and pair that was seen. cosine.json: means over training and the order of the tasks.
-    affinity.json: the matrix and the proposed groups.
+    affinity.json: first-order affinity and the proposed groups; lookahead.json: the same of the
+    measured one; lookahead.csv: both at each line that has it.
 
     Raises:
       UserError: no space or no permission.
@@ -144,7 +198,11 @@ def save(analysis: RunAnalysis, run: Path) -> list[Path]:
     order = [gradients.tasks[i] for i in analysis.order]
     facts = {"tasks": gradients.tasks, "order": order, "groups": by_group}
     written.append(write_json(folder / "cosine.json", facts))
-    written.append(_write_affinity(folder / "affinity.json", analysis, gradients))
+    written.append(_write_affinity(folder / "affinity.json", _FIRST_ORDER, analysis, linear=True))
+    if analysis.lookahead is not None:
+        path = folder / "lookahead.json"
+        written.append(_write_affinity(path, _LOOKAHEAD, analysis, linear=False))
+        written.append(_write_lookaheads(folder / "lookahead.csv", analysis))
     return written
 
 
@@ -172,25 +230,44 @@ def _write_pairs(path: Path, gradients: Gradients) -> Path:
     return write_csv(path, header, rows)
 
 
-def _write_affinity(path: Path, analysis: RunAnalysis, gradients: Gradients) -> Path:
-    affinity_NN, grouping = analysis.affinity_NN, analysis.grouping
-    facts: dict[str, Any] = {
-        "meaning": "row onto column: share of the column's loss that a plain gradient step on "
-        "the row's loss takes away, to first order, averaged over training",
-        "tasks": gradients.tasks,
-        "affinity": affinity_NN,
-        "lines": len(gradients.step_L),
-    }
-    if grouping is not None and affinity_NN is not None:
+def _write_affinity(path: Path, meaning: str, analysis: RunAnalysis, linear: bool) -> Path:
+    assert analysis.gradients is not None
+    tasks, found = analysis.gradients.tasks, analysis.lookahead
+    if linear:
+        found = analysis.first_order
+    facts: dict[str, Any] = {"meaning": meaning, "tasks": tasks}
+    if found is None:
+        facts |= {"affinity": None, "lines": 0}
+    else:
+        facts |= {"affinity": found.mean_NN, "lines": found.lines}
         # Under this name a run can take the groups for sharing parameters.
-        facts["groups"] = _named(grouping, gradients.tasks)
-        facts |= {"score": grouping.score, "exact": grouping.exact}
+        facts["groups"] = _named(found.grouping, tasks)
+        facts |= {"score": found.grouping.score, "exact": found.grouping.exact}
         # For a wanted number of groups, such as of models that shall be served.
         facts["groups_by_count"] = {
-            count: _named(propose_groups(affinity_NN, count), gradients.tasks)
-            for count in range(2, min(len(gradients.tasks), _MOST_GROUPS + 1))
+            count: _named(propose_groups(found.mean_NN, count), tasks)
+            for count in range(2, min(len(tasks), _MOST_GROUPS + 1))
         }
+    if not linear:
+        facts["correlation_with_first_order"] = agreement(analysis)
     return write_json(path, facts)
+
+
+def _write_lookaheads(path: Path, analysis: RunAnalysis) -> Path:
+    gradients, ahead, linear = analysis.gradients, analysis.lookahead, analysis.first_order
+    assert gradients is not None
+    assert ahead is not None
+    rows = (
+        [
+            *(int(step), task, onto, ahead.by_line_LNN[line, i, j]),
+            None if linear is None else linear.by_line_LNN[line, i, j],
+        ]
+        for line, step in enumerate(gradients.step_L)
+        for i, task in enumerate(gradients.tasks)
+        for j, onto in enumerate(gradients.tasks)
+        if not np.isnan(ahead.by_line_LNN[line, i, j])
+    )
+    return write_csv(path, ["step", "task", "onto", "affinity", "first_order"], rows)
 
 
 def _named(grouping: Grouping, tasks: Sequence[str]) -> list[list[str]]:

@@ -25,7 +25,7 @@ _SEEDS = ("Run.seed", "Data.seed")
 _SILENT = re.compile(
     r"(Run\.(directory|steps|seed|log_every|evaluate_untrained|tensorboard|compile_cache))"
     r"|(Data\.(seed|prefetch|data_dir|task_modules))|Checkpoint\..*|Eval\..*|Generate\..*|Infer\..*"
-    r"|Balance\.(method|modules|monitor_every)|Mixture\.name"
+    r"|Balance\.(method|modules|(monitor|affinity)_every)|Mixture\.name"
 )
 _BASELINE_ROWS = ("chance", "majority")
 _START = re.compile(r"^(\w+\.\w+) = ")

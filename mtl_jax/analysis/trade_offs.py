@@ -84,3 +84,23 @@ def trade_off(
         volume=volume,
         reference=(float(reference[0] * sign[0]), float(reference[1] * sign[1])),
     )
+
+
+COLUMNS = (
+    *("x_axis", "y_axis", "method", "static", "x", "x_low", "x_high", "y", "y_low", "y_high"),
+    *("position", "on_front", "volume_gain"),
+)
+
+
+def rows(found: Sequence[TradeOff]) -> list[list[object]]:
+    """All points of all plots as lines of a table with `COLUMNS`; a missing interval is None."""
+    return [
+        [
+            *(plot.x_axis, plot.y_axis, point.label, int(point.static)),
+            *(point.x.mean, point.x.low, point.x.high),
+            *(point.y.mean, point.y.low, point.y.high),
+            *(point.where, int(point.label in plot.front), point.volume_gain),
+        ]
+        for plot in found
+        for point in plot.points
+    ]

@@ -50,6 +50,9 @@ class BalanceConfig:
       rescale: of the weights, a name of `RESCALES`.
       monitor_every: steps between two looks at the gradients of single tasks under a method that
         does not need them, for the log; 0: none.
+      affinity_every: steps between two measurements of how a step on one task alone would change
+        the losses of all (`lookahead.py`), for the log; a multiple of the steps between two looks
+        at the gradients; 0: none.
       follow_rates: the rates of the mixture follow the method's state (`Method.rates`) from one
         evaluation to the next.
     """
@@ -64,6 +67,7 @@ class BalanceConfig:
     every_n_steps: int = 1
     rescale: str = "none"
     monitor_every: int = 0
+    affinity_every: int = 0
     follow_rates: bool = False
 
     def __post_init__(self) -> None:
@@ -83,7 +87,12 @@ class BalanceConfig:
                     f"Balance.{field} must be one of {', '.join(known)}, got {value!r}."
                     f"{suggest(value, known)}"
                 )
-        for field, least in (("sketch_size", 16), ("every_n_steps", 1), ("monitor_every", 0)):
+        for field, least in (
+            ("sketch_size", 16),
+            ("every_n_steps", 1),
+            ("monitor_every", 0),
+            ("affinity_every", 0),
+        ):
             if getattr(self, field) < least:
                 raise UserError(
                     f"Balance.{field} must be at least {least}, got {getattr(self, field)}."
@@ -124,11 +133,7 @@ class BalanceConfig:
         if (
             self.every_n_steps > 1
             and self.task_gradients == "vmap"
-            and self.groups
-            in (
-                "enc_dec",
-                "layer",
-            )
+            and self.groups in ("enc_dec", "layer")
         ):
             raise UserError(
                 "Balance.every_n_steps with several groups needs microbatches of one task each: "
@@ -143,3 +148,24 @@ class BalanceConfig:
             raise UserError("Balance.rescale needs a Balance.method.")
         if self.follow_rates and not self.method:
             raise UserError("Balance.follow_rates needs a Balance.method whose state has rates.")
+        if self.affinity_every:
+            self._check_affinity(self.every_n_steps if needs_gram else self.monitor_every)
+
+    def _check_affinity(self, every: int) -> None:
+        """Refuses to look ahead where there are no gradients to go along."""
+        if not every:
+            raise UserError(
+                "Balance.affinity_every goes along the gradients of single tasks, and nothing "
+                f"looks at them: set Balance.monitor_every = {self.affinity_every}, too."
+            )
+        if self.affinity_every % every:
+            field = "monitor_every" if self.monitor_every else "every_n_steps"
+            raise UserError(
+                f"Balance.affinity_every = {self.affinity_every} must be a multiple of "
+                f"Balance.{field} = {every}, the steps between two looks at the gradients."
+            )
+        if self.task_gradients == "sketch":
+            raise UserError(
+                "Balance.affinity_every needs the gradients themselves, which 'sketch' does not "
+                "keep: set Balance.task_gradients = 'microbatch'."
+            )

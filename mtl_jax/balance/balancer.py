@@ -204,12 +204,21 @@ def describe_cost(balancer: Balancer, parameter_bytes: int) -> str:
         "vmap": f"a backward pass for each of {count} tasks, about {(1 + 2 * count) / 3:.1f} x",
         "sketch": "two passes over microbatches of one task each, about 2 x",
     }[cfg.task_gradients]
-    often = "" if balancer.every == 1 else f" at every {balancer.every}th step"
-    kept = balancer.slots_bytes(parameter_bytes) / 2**20
-    return (
-        f"{name}: {passes} the time of a plain step{often}; {kept:,.1f} MiB a device for "
-        f"{count} tasks' gradients"
+    kept, moved = balancer.slots_bytes(parameter_bytes) / 2**20, parameter_bytes / 2**20
+    words = (
+        f"{name}: {passes} the time of a plain step{_often(balancer.every)}; {kept:,.1f} MiB a "
+        f"device for {count} tasks' gradients"
     )
+    if cfg.affinity_every:
+        words += (
+            f"; for the affinity {count + 1} forward passes, about {(count + 1) / 3:.1f} x the "
+            f"time of a plain step more{_often(cfg.affinity_every)}, and {moved:,.1f} MiB a device"
+        )
+    return words
+
+
+def _often(every: int) -> str:
+    return "" if every == 1 else f" at every {every}th step"
 
 
 def _loss_side_cost(balancer: Balancer) -> str:

@@ -123,16 +123,15 @@ class DoReMiState:
 class DoReMi(Method):
     """Finds mixture rates: more for tasks where a small model is worse than it could be.
 
-    `excess_t = max(l_t - l_t of the reference, 0)`; `alpha_t ~ alpha_t exp(eta excess_t)`; then
-    `alpha = (1 - smoothing) alpha + smoothing / N`, and one step of the model with weights alpha on
-    the task means. The result is the average of alpha over all steps (`rates`), the mixture rates
-    of a second run. Xie et al. 2023, Algorithm 1.
+    `excess_t` is the mean over the task's tokens of `max(l - l of the reference, 0)`, with the
+    token's cross-entropies; `alpha_t ~ alpha_t exp(eta excess_t)`; then `alpha = (1 - smoothing)
+    alpha + smoothing / N`, and one step of the model with weights alpha on the task means. The
+    result is the average of alpha over all steps (`rates`), the mixture rates of a second run. Xie
+    et al. 2023, Algorithm 1.
 
     - The weights are alpha divided by its sum over the present tasks. The paper's objective
       weighs means of domains, so nothing need be divided by a sampling rate (the authors' code,
       which weighs tokens, must).
-    - The excess is cut at 0 per task, the paper's per token: this one is never larger, and smaller
-      where the model beats the reference on some of a task's tokens.
     - An absent task's alpha moves by its last excess, as in the authors' code. A task that was
       never there keeps 1 / N of the weight (there: it moves by the logarithm of the vocabulary's
       size).
@@ -179,9 +178,8 @@ class DoReMi(Method):
         self, state: DoReMiState, seen: Observations
     ) -> tuple[jax.Array, DoReMiState, dict[str, Any]]:
         """The weights of this step; see `Method.weights`."""
-        assert seen.reference is not None  # it is among the needs
-        now_N = jnp.maximum(seen.losses - seen.reference, 0.0)
-        excess_N = jnp.where(seen.present, now_N, state.excess)
+        assert seen.excess is not None  # it is among the needs
+        excess_N = jnp.where(seen.present, seen.excess, state.excess)
         ever_N = state.seen | seen.present
         log_N = ascend(state.log_weights, self.eta * excess_N, ever_N, self.smoothing)
         alpha_N = jax.nn.softmax(log_N)

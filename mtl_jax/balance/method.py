@@ -19,7 +19,7 @@ from mtl_jax.errors import UserError, suggest
 GRAM = "gram"  # inner products of the tasks' gradients
 LOSSES = "losses"  # the losses of this very batch before its weights are set
 LOSSES_AFTER = "losses_after"  # the losses of the same batch after the update
-REFERENCE = "reference"  # the losses of a frozen model on the same batch
+REFERENCE = "reference"  # by how much the losses are above those of a frozen model
 NEEDS = frozenset({GRAM, LOSSES, LOSSES_AFTER, REFERENCE})
 
 State = Any  # a pytree of small arrays; part of the train state
@@ -40,7 +40,8 @@ class Observations:
       correct: float32 [N], share of tokens predicted rightly, 0 where absent; there with `losses`.
       gram: float32 [K, N, N], inner products of the gradients of the tasks' mean losses, for each
         group of parameters; rows and columns of absent tasks are 0. None unless needed.
-      reference: float32 [N], mean losses of the frozen reference; None unless needed.
+      excess: float32 [N], mean of what the cross-entropy of each token is above that of the frozen
+        reference, at least 0; 0 where absent. There with `losses`; None unless needed.
       rng: a PRNG key for this step; the same after a restart.
       names: the tasks' names; static.
     """
@@ -51,7 +52,7 @@ class Observations:
     losses: jax.Array
     correct: jax.Array
     gram: jax.Array | None
-    reference: jax.Array | None
+    excess: jax.Array | None
     rng: jax.Array
     names: tuple[str, ...] = flax.struct.field(pytree_node=False)
 
