@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -35,22 +36,32 @@ def toys(tmp_path_factory):
     return folder
 
 
-def start(toys, root):
+def start(toys, root, job=(), devices=1):
+    """`mtl-jax sweep`; with `job` as a part of a job of several processes."""
     values = VALUES | {"Run.directory": root, "Sweep.checkpoints": f"('{toys}@*',)"}
     environment = {
         **os.environ,
         "PYTHONPATH": str(Path(__file__).parent),
         "SWEEP_TASKS_PROMPTS": str(PROMPTS),
-        "JAX_NUM_CPU_DEVICES": "1",
+        "JAX_NUM_CPU_DEVICES": str(devices),
     }
     command = [sys.executable, "-m", "mtl_jax", "sweep"]
     return subprocess.Popen(
-        [*command, *(f"--gin.{name}={value}" for name, value in values.items())],
+        [*command, *(f"--gin.{name}={value}" for name, value in values.items()), *job],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def start_job(toys, root, count):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    job = [f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={count}"]
+    job += ["--process_timeout=20", "--process_start_timeout=120"]
+    return [start(toys, root, [*job, f"--process_id={i}"]) for i in range(count)]
 
 
 def done(root):
@@ -113,3 +124,41 @@ def test_four_processes_make_what_one_makes(toys, undisturbed):
     assert [process.returncode for process in processes[:3]] == [0, 0, 0], said
     assert contents(root) == contents(undisturbed)
     assert sum("Report:" in out for out, _ in said) >= 1
+
+
+def test_one_job_of_two_processes_makes_what_one_makes(toys):
+    """Each batch is spread over the devices of both."""
+    root, expected = toys.parent / "job", toys.parent / "two_devices"
+    alone = start(toys, expected, devices=2)
+    _, error = alone.communicate()
+    assert alone.returncode == 0, error
+    job = start_job(toys, root, 2)
+    wait_for(root, 3, job[0])
+    job[1].kill()
+    job[1].communicate()
+    said = job[0].communicate(timeout=90)
+    assert job[0].returncode not in (0, None), said
+    before = done(root)
+    assert before < 2 * 3 * PROMPTS
+
+    job = start_job(toys, root, 2)
+    said = [process.communicate(timeout=200) for process in job]
+    assert [process.returncode for process in job] == [0, 0], said
+    assert contents(root) == contents(expected)
+    assert "Report:" in said[0][0]
+    assert f"72 cells, {before} of them done" in said[0][1]
+    assert "cells" not in said[1][1], "only the first process speaks"
+    assert not list(root.rglob("claim.json"))
+
+
+def test_a_job_whose_processes_see_different_tasks_is_refused(toys, tmp_path):
+    job = ["--num_processes=2", "--process_timeout=20", "--process_start_timeout=120"]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        job.append(f"--coordinator_address=127.0.0.1:{probe.getsockname()[1]}")
+    other = [*job, "--process_id=1", "--gin.Eval.limit=5"]
+    processes = [start(toys, tmp_path, [*job, "--process_id=0"]), start(toys, tmp_path, other)]
+    said = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [1, 1], said
+    assert "Process 1 has another plan (72 cells) than process 0 (72)" in said[0]
+    assert not (tmp_path / "plan.json").exists()
