@@ -23,7 +23,8 @@ TORCH := .venv/torch-ready
 LOCKED = $$($(BIN)/python -c "import sys; print('py311' if sys.version_info < (3, 12) else 'py312')")
 # Two processes: compiling is most of the work, and uses one core. A file stays in one process.
 WORKERS ?= 2
-PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadfile
+# Files in the order of collection: conftest.py has the longest first.
+PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 QUICK := not slow and not data and not torch and not aot and not gpu
 UV ?= uv
 LOCK = $(UV) pip compile setup.py --quiet --extra test --universal --custom-compile-command "make lock"

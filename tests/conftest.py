@@ -39,7 +39,12 @@ def _data_folder() -> tuple[pathlib.Path | None, str]:
     return folder.resolve(), ""
 
 
+# Minutes each. They come first, or one process of tests is left with one of them at the end.
+LONG_FILES = ("test_processes", "test_quickstart", "test_sweep_processes", "test_reliability_runs")
+
+
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem not in LONG_FILES)
     folder, reason = _data_folder()
     for item in items:
         if item.get_closest_marker("data") and folder is None:
