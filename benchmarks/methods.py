@@ -22,7 +22,7 @@ import numpy as np
 from mtl_jax import model, objective, optim, sharding, step
 from mtl_jax.balance.balance_config import BalanceConfig
 from mtl_jax.balance.balancer import Balancer, make_balancer
-from mtl_jax.balance.method import GRAM, METHODS
+from mtl_jax.balance.method import GRAM, METHODS, REFERENCE
 from mtl_jax.model_config import T5Config
 
 TASKS = ("a", "b", "c", "d")
@@ -40,7 +40,10 @@ SHAPE = (32, 64, 32)  # rows, encoder tokens, decoder tokens
 BLOCKS = 4
 OPTIMIZER = optim.OptimizerConfig(name="adamw", learning_rate=1e-4)
 FEWEST_ROUNDS = 3
-OPTIONS = {"TransferObjective": {"source": ("a", "b"), "target": ("c", "d")}}
+OPTIONS = {
+    "DoReMi": {"reference": "(another model of the same size)"},
+    "TransferObjective": {"source": ("a", "b"), "target": ("c", "d")},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +66,7 @@ def variants() -> list[Variant]:
     """Plain training, every method as it is by default, and other ways to the same gradients."""
     BalanceConfig()  # imports the methods
     found = [Variant("plain"), Variant("plain, 4 microbatches", blocks=BLOCKS)]
-    # A frozen reference is a second model: it is measured by what it does, a forward pass.
-    loss_side = [n for n, m in METHODS.items() if not m.needs & {GRAM, "reference"}]
+    loss_side = [n for n, m in METHODS.items() if GRAM not in m.needs]
     gradient_side = [n for n, m in METHODS.items() if GRAM in m.needs]
     found += [Variant(name, name) for name in sorted(loss_side)]
     for name in sorted(gradient_side):
@@ -75,6 +77,7 @@ def variants() -> list[Variant]:
         (("every_n_steps", 4),),
         (("task_gradients", "sketch"),),
         (("task_gradients", "vmap"),),
+        (("affinity_every", 1),),
     ):
         label = ", ".join(f"{field} = {value}" for field, value in values)
         blocks = 1 if ("task_gradients", "vmap") in values else BLOCKS
@@ -114,16 +117,16 @@ class Runner:
         settings = objective.StepConfig(microbatches=variant.blocks)
         fixed = cfg, settings, OPTIMIZER, len(TASKS)
         update = functools.partial(step.train_step, *fixed, balancer=balancer)
-        self._batch, self._rng = batch, rng
-        self._update = jax.jit(update, donate_argnums=0).lower(self._state, batch, rng).compile()
+        # As large as the model and never donated: DoReMi compares with a frozen one.
+        frozen = jax.jit(make)(jax.random.key(1)).params if balancer.needs(REFERENCE) else None
+        self._fixed = batch, rng, frozen
+        self._update = jax.jit(update, donate_argnums=0).lower(self._state, *self._fixed).compile()
         self.temporaries = self._update.memory_analysis().temp_size_in_bytes
 
     def step(self) -> float:
         """Runs one step and returns its seconds."""
         started = time.perf_counter()
-        self._state, metrics = jax.block_until_ready(
-            self._update(self._state, self._batch, self._rng)
-        )
+        self._state, metrics = jax.block_until_ready(self._update(self._state, *self._fixed))
         seconds = time.perf_counter() - started
         if not np.isfinite(metrics["loss"]):
             raise ArithmeticError(f"the loss is {metrics['loss']}")
