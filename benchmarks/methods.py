@@ -1,6 +1,6 @@
 """What methods that share one update cost: the train step under each, with four tasks.
 
-    python benchmarks/methods.py              # about 6 minutes on 2 cores
+    python benchmarks/methods.py              # about 9 minutes on 2 cores
     python benchmarks/methods.py --tiny       # a small model, to see that it works
 
 Every step is compiled first; then all are run in turn, round after round, so that a change of the

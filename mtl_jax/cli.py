@@ -63,7 +63,7 @@ def _process_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of a job of several processes; `processes.start` reads them."""
     group = parser.add_argument_group(
         "several processes",
-        "found out on a TPU pod, under SLURM and Open MPI; else start each with",
+        "found out on a TPU pod, under SLURM, Open MPI and Kubernetes; else start each with",
     )
     group.add_argument(
         "--coordinator_address", metavar="HOST:PORT", help="where process 0 is to be reached"

@@ -27,7 +27,7 @@ _FLAGS = {
     "process_id": "JAX_PROCESS_ID",
 }
 
-_POD, _TPU = "the TPU pod", "the TPU machine"
+_POD, _TPU, _KUBERNETES = "the TPU pod", "the TPU machine", "Kubernetes"
 
 
 class _Nowhere(io.TextIOBase):
@@ -40,7 +40,8 @@ def start(args: argparse.Namespace) -> None:
 
     Before any computation of JAX. Sought in this order: the flags `--coordinator_address`,
     `--num_processes` and `--process_id`; their like in the environment (`JAX_NUM_PROCESSES`, ...);
-    then what `launcher` finds, where JAX knows all three.
+    then what `launcher` finds, where JAX knows all three. One process, and nothing else given, is
+    alone whatever started it.
 
     Raises:
       UserError: a part is missing or out of range, or the others do not come in time.
@@ -51,7 +52,11 @@ def start(args: argparse.Namespace) -> None:
     if len(missing) == len(given):
         if not found:
             return
+        if found == _KUBERNETES:
+            _check_kubernetes(os.environ)
         given = {}
+    elif missing and given["num_processes"] == 1:
+        return
     elif missing:
         raise UserError(
             f"A job of several processes needs --{missing[0]} too (or {_FLAGS[missing[0]]} in the "
@@ -61,15 +66,17 @@ def start(args: argparse.Namespace) -> None:
     else:
         _check(given)
     waiting, silence = args.process_start_timeout, args.process_timeout
+    # The package that asks a Kubernetes cluster has errors of its own.
+    kinds = (RuntimeError, ValueError) if given or found != _KUBERNETES else (Exception,)
     try:
         jax.distributed.initialize(
             **given, initialization_timeout=waiting, heartbeat_timeout_seconds=silence
         )
-    except (RuntimeError, ValueError) as error:
+    except kinds as error:
         if not given and found == _TPU and isinstance(error, ValueError):
             return  # JAX finds no neighbours: a single machine, or one of its own kind
         where = given.get("coordinator_address") or f"the coordinator that {found} names"
-        reason = str(error).strip().splitlines()[0][:200]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise UserError(
             f"The processes of the job did not find one another at {where} ({reason}). Was every "
             f"process started, within {waiting} s of the first, and can it reach that address?"
@@ -99,6 +106,16 @@ def _check(given: Mapping[str, Any]) -> None:
         )
 
 
+def _check_kubernetes(environment: Mapping[str, str]) -> None:
+    if not importlib.util.find_spec("kubernetes"):
+        raise UserError(
+            f"This is pod {environment['JOB_COMPLETION_INDEX']} of an indexed Kubernetes job. How "
+            "many there are JAX asks the cluster, by a package that is not installed: pip install "
+            "kubernetes, or set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID "
+            "(docs/pods.md). If each pod is to work alone: --num_processes=1."
+        )
+
+
 def launcher(environment: Mapping[str, str]) -> str:
     """What started this process as one of several, by the variables that it sets; "": nothing.
 
@@ -121,6 +138,8 @@ def launcher(environment: Mapping[str, str]) -> str:
     single = environment.get("TPU_WORKER_HOSTNAMES") == "localhost"
     if on_tpu and importlib.util.find_spec("libtpu") and "tpu" in wanted and not single:
         return _TPU
+    if "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment:
+        return "" if single else _KUBERNETES
     return ""
 
 

@@ -1,12 +1,15 @@
 """Jobs of several processes: real ones over loopback, and how they find one another."""
 
 import argparse
+import importlib.machinery
 import signal
 import socket
 import subprocess
 import sys
 import time
+import types
 
+import jax
 import numpy as np
 import pytest
 import test_train
@@ -202,6 +205,9 @@ def test_nothing_happens_to_a_process_that_is_alone(monkeypatch):
     assert not processes.several()
 
 
+POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "3"}
+
+
 @pytest.mark.parametrize(
     ("environment", "found"),
     [
@@ -210,11 +216,60 @@ def test_nothing_happens_to_a_process_that_is_alone(monkeypatch):
         ({"OMPI_COMM_WORLD_SIZE": "2"}, "Open MPI"),
         ({"TPU_WORKER_HOSTNAMES": "a,b"}, "the TPU pod"),
         ({"TPU_WORKER_HOSTNAMES": "localhost"}, ""),
+        (POD, "Kubernetes"),
+        (POD | {"TPU_WORKER_HOSTNAMES": "a,b"}, "the TPU pod"),
+        (POD | {"TPU_WORKER_HOSTNAMES": "localhost"}, ""),
+        (
+            {"KUBERNETES_SERVICE_HOST": "10.0.0.1"},
+            "",
+        ),  # a pod of no job, or of one that is not indexed
         ({}, ""),
     ],
 )
 def test_what_started_the_processes(environment, found):
     assert processes.launcher(environment) == found
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """A pod of an indexed job; returns with what JAX was asked to join a job."""
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **given: calls.append(given))
+    monkeypatch.setattr(processes, "launcher", lambda environment: "Kubernetes")
+    for name, value in POD.items():
+        monkeypatch.setenv(name, value)
+    return calls
+
+
+def test_pods_of_an_indexed_job_find_one_another_by_the_cluster(asked, monkeypatch):
+    package = types.ModuleType("kubernetes")
+    package.__spec__ = importlib.machinery.ModuleSpec("kubernetes", None)
+    monkeypatch.setitem(sys.modules, "kubernetes", package)
+    processes.start(arguments())
+    assert asked == [{"initialization_timeout": 5, "heartbeat_timeout_seconds": 10}]
+
+    class ConfigException(Exception):
+        """As that of the package `kubernetes`, where a pod has no account."""
+
+    def refuse(**given):
+        raise ConfigException("Service token file does not exist.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", refuse)
+    with pytest.raises(UserError, match=r"that Kubernetes names \(Service token file does not"):
+        processes.start(arguments())
+
+
+def test_pods_that_cannot_ask_the_cluster_do_not_all_work_alone(asked, monkeypatch):
+    monkeypatch.setitem(sys.modules, "kubernetes", None)  # as if it were not installed
+    with pytest.raises(UserError, match=r"pod 3 of an indexed Kubernetes job.*pip install"):
+        processes.start(arguments())
+    processes.start(arguments(num_processes=1))  # wanted
+    assert not asked
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "first:8476")
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "4")
+    monkeypatch.setenv("JAX_PROCESS_ID", POD["JOB_COMPLETION_INDEX"])
+    processes.start(arguments())
+    assert (asked[0]["process_id"], asked[0]["num_processes"]) == (3, 4)
 
 
 def test_alone_there_is_one_reader():
