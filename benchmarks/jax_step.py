@@ -36,6 +36,7 @@ class Trainer:
 
     def __init__(self, cfg: T5Config, variant: str, lengths: tuple[int, int]):
         sharding.configure_jax()
+        sharding.make_mesh(sharding.MeshConfig())  # on a CPU also keeps memory, as in a run
         chosen = variants.settings("mtl_jax", variant)
         self.cfg = replaced(cfg, chosen["model"])
         optimizer_cfg = replaced(OPTIMIZER, chosen["optimizer"])

@@ -178,6 +178,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=240.0, help="no new round after that")
     args = parser.parse_args()
     sharding.configure_jax()
+    sharding.make_mesh(sharding.MeshConfig())  # on a CPU also keeps memory, as in a run
     cfg = TINY if args.tiny else MODEL
     result = figures.machine("jax", "jaxlib", "flax", "optax", "numpy")
     result["device"] = jax.devices()[0].device_kind

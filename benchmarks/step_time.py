@@ -158,6 +158,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     sharding.configure_jax()
+    sharding.make_mesh(sharding.MeshConfig())  # on a CPU also keeps memory, as in a run
     cfg = TINY if args.tiny else SMALL
     device = jax.devices()[0]
     result = figures.machine("jax", "jaxlib", "flax", "optax", "numpy")

@@ -27,6 +27,7 @@ class BalanceLog:
         weighted: bool,
         first: int,
         *,
+        by_tokens: bool = False,
         solves: bool = False,
         primary: bool = True,
     ):
@@ -39,6 +40,7 @@ class BalanceLog:
           groups: names of the groups of parameters.
           weighted: a method sets weights, so that they are worth a column.
           first: the step that the run continues from.
+          by_tokens: without a method, a task's share of the update is that of its target tokens.
           solves: the method speaks at steps with gradients of single tasks alone.
           primary: False in all but one process of a job; those write nothing.
         """
@@ -46,6 +48,7 @@ class BalanceLog:
         self._names, self._groups, self._weighted = list(names), list(groups), weighted
         self._of_task = np.asarray(of_task)
         self._primary, self._solves = primary, solves
+        self._by_tokens = by_tokens and not weighted and len(names) > 1
         if primary:
             report.truncate_jsonl(self._path, first)
 
@@ -72,6 +75,8 @@ class BalanceLog:
         line: dict[str, float] = {}
         if self._weighted:
             line |= self._weights(steps)
+        if self._by_tokens:
+            line |= self._by_task("effective_share", self._token_shares(steps))
         logs: dict[str, list[np.ndarray]] = {}
         for values in steps:
             # Between two solutions of such a method there is nothing to tell.
@@ -100,6 +105,17 @@ class BalanceLog:
         shares_SN = weights_SN / np.where(total_S1 > 0, total_S1, 1.0)
         mean = _mean(weights_SN, present_SN)
         return self._by_task("weight", mean) | self._by_task("effective_share", shares_SN.mean(0))
+
+    def _token_shares(self, steps: Sequence[Mapping[str, Any]]) -> np.ndarray:
+        """Mean over steps of each task's share of the target tokens, [N]; NaN: it has none."""
+        tokens_SN = np.array([self._per_task(values["task_tokens"]) for values in steps])
+        total_S1 = tokens_SN.sum(axis=1, keepdims=True)
+        shares_N = (tokens_SN / np.maximum(total_S1, 1.0)).mean(axis=0)
+        return np.where(shares_N > 0, shares_N, np.nan)
+
+    def _per_task(self, of_ids: np.ndarray) -> np.ndarray:
+        """Sums by the id of a SeqIO task -> by what counts as a task, [N]."""
+        return np.bincount(self._of_task, of_ids, len(self._names) + 1)[1:]
 
     def _gradients(self, number: int, looked: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         gram_SKNN = np.array([values["gram"] for values in looked], np.float64)
@@ -137,9 +153,8 @@ class BalanceLog:
 
     def _losses(self, looked: Sequence[Mapping[str, Any]]) -> np.ndarray:
         """Mean over steps of each task's mean loss over its tokens, [N]."""
-        count = len(self._names) + 1
         losses, tokens = (
-            np.array([np.bincount(self._of_task, values[name], count)[1:] for values in looked])
+            np.array([self._per_task(values[name]) for values in looked])
             for name in ("task_loss_sum", "task_tokens")
         )
         return _mean(losses / np.maximum(tokens, 1.0), tokens > 0)

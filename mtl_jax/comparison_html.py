@@ -100,9 +100,9 @@ def _by_time(comparison: Comparison) -> dict[str, Any] | None:
     if comparison.seconds is None or not comparison.by_steps:
         return None
     note = (
-        "Each method at its last evaluation within the training time of the quickest one, "
-        f"{_seconds(comparison.seconds)} (2 % more is not counted against it); evaluations, "
-        "checkpoints and compiling do not count."
+        f"Each method after the training time of the quickest one, {_seconds(comparison.seconds)}; "
+        "between two evaluations, values lie on the line between theirs. Evaluations, checkpoints "
+        "and compiling do not count."
     )
     if comparison.baselines:
         note += " The single-task runs are those at the end of their training."

@@ -57,6 +57,7 @@ class Logbook:
         self._balance_log = BalanceLog(
             *(session.run.path, balancer.names, balancer.of_task, balancer.grouping.names),
             *(balancer.method is not None, first),
+            by_tokens=balancer.cfg.reduction == "token_mean",
             solves=balancer.needs(GRAM),
             primary=primary,
         )

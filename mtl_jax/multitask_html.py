@@ -64,12 +64,9 @@ _MEASURES = {
 
 def sections(analysis: RunAnalysis) -> dict[str, Any]:
     """Returns what the template multitask.html shows; a part without data is empty or None."""
-    tasks = sorted({task for by_task in analysis.traces.values() for task in by_task})
-    drawn = [
-        _task_chart(name, analysis.traces[name], tasks)
-        for name in _CHARTS
-        if name in analysis.traces
-    ]
+    curves = {name: analysis.traces[name] for name in _CHARTS if name in analysis.traces}
+    tasks = sorted({task for by_task in curves.values() for task in by_task})
+    drawn = [_task_chart(name, by_task, tasks) for name, by_task in curves.items()]
     drawn += [
         _scalar_chart(name, analysis.scalars[name])
         for name in _SCALARS

@@ -8,14 +8,15 @@ from mtl_jax import config, inference
 from mtl_jax.analysis.run_analysis import FOLDER
 from mtl_jax.analysis.state_files import save_states
 from mtl_jax.errors import UserError
-from mtl_jax.sharing.sharing_config import Rooms, rooms_of
+from mtl_jax.interop import native
 
 
 def represent(run: Path, examples: int = 64) -> Path:
     """Embeds inputs of each evaluated dataset and writes analysis/representations.*.
 
     The same inputs are taken for every run with the same Eval.tasks, Eval.split and Eval.seed, so
-    that runs can be compared.
+    that runs can be compared. Where tasks have parameters of their own, a task's inputs are
+    embedded with the T5 that it is evaluated with.
 
     Args:
       run: the run directory; its newest checkpoint is loaded.
@@ -32,21 +33,22 @@ def represent(run: Path, examples: int = 64) -> Path:
     cfg = config.load([str((run / "config.gin").absolute())])
     if not cfg.eval.tasks:
         raise UserError(f"{run}: Eval.tasks is empty, so there are no inputs to embed.")
-    if rooms_of(cfg) != Rooms():
-        raise UserError(
-            f"{run}: its tasks have parameters of their own (Sharing, Lora, ...), so no encoder "
-            "has the states of all: leave out --representations."
-        )
     texts = _texts(cfg, examples)
-    model = inference.load(run, inputs_length=cfg.eval.inputs_length)
-    inputs = [text for of_dataset in texts.values() for text in of_dataset]
+    inputs = [text for of_dataset in texts.values() for _, text in of_dataset]
     labels = np.repeat(np.arange(len(texts)), [len(found) for found in texts.values()])
-    states_ND = model.embed(inputs)
+    plan = native.sharing_of(run)
+    whose = [plan and plan.evaluated_as(task) for found in texts.values() for task, _ in found]
+    states: dict[int, np.ndarray] = {}
+    for task in dict.fromkeys(whose):
+        model = inference.load(run, inputs_length=cfg.eval.inputs_length, task=task)
+        places = [i for i, other in enumerate(whose) if other == task]
+        states |= zip(places, model.embed([inputs[i] for i in places]), strict=True)
+    states_ND = np.stack([states[i] for i in range(len(inputs))])
     return save_states(run / FOLDER, states_ND, labels, list(texts), inputs, model.step)
 
 
-def _texts(cfg: config.Config, examples: int) -> dict[str, list[str]]:
-    """Dataset -> texts, drawn evenly from its tasks."""
+def _texts(cfg: config.Config, examples: int) -> dict[str, list[tuple[str, str]]]:
+    """Dataset -> (task, text) of its inputs, drawn evenly from its tasks."""
     # Needs TensorFlow, which the rest of a report does without.
     from mtl_jax import mixtures
     from mtl_jax.eval_reading import load_eval_task
@@ -56,7 +58,7 @@ def _texts(cfg: config.Config, examples: int) -> dict[str, list[str]]:
     by_dataset: dict[str, list[str]] = {}
     for name in mixtures.expand(cfg.eval.tasks):
         by_dataset.setdefault(info(name).dataset, []).append(name)
-    texts: dict[str, list[str]] = {}
+    texts: dict[str, list[tuple[str, str]]] = {}
     for dataset, names in by_dataset.items():
         for name in names:
             task = load_eval_task(
@@ -68,6 +70,6 @@ def _texts(cfg: config.Config, examples: int) -> dict[str, list[str]]:
                 seed=cfg.eval.seed,
                 use_cached=cfg.eval.use_cached,
             )
-            texts.setdefault(dataset, []).extend(e.inputs_text for e in task.examples)
+            texts.setdefault(dataset, []).extend((name, e.inputs_text) for e in task.examples)
         texts[dataset] = texts[dataset][:examples]
     return texts

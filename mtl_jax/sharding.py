@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from mtl_jax import attention
+from mtl_jax import attention, host_memory
 from mtl_jax.errors import UserError
 from mtl_jax.model_config import T5Config
 
@@ -65,13 +65,15 @@ class MeshConfig:
 
 
 def configure_jax() -> None:
-    """Sets how JAX draws random numbers; the one place where the project does so."""
-    # They must not depend on how arrays are sharded.
+    """Sets how JAX draws random numbers and runs a CPU's programs; the one place that does so."""
+    # Numbers must not depend on how arrays are sharded.
     jax.config.update("jax_threefry_partitionable", True)
+    # In the thread that calls, where it is one device: `host_memory` keeps what that one frees.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh (data, fsdp, tensor) over the devices.
+    """The mesh (data, fsdp, tensor) over the devices; on a CPU also `host_memory.keep`.
 
     Args:
       cfg: sizes.
@@ -92,6 +94,8 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             f"{len(devices)}; set one of Mesh.data, Mesh.fsdp, Mesh.tensor to -1 for the rest. "
             f"Sizes that divide {len(devices)}: {_divisors(len(devices))}."
         )
+    if devices[0].platform == "cpu":
+        host_memory.keep()
     for axis in free:
         sizes[axis] = len(devices) // known
     slices = _slices(cfg, devices)

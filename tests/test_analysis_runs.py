@@ -1,4 +1,4 @@
-"""From the files of runs to numbers, pages and refusals."""
+"""From the files of runs to numbers and pages."""
 
 import csv
 import dataclasses
@@ -158,6 +158,9 @@ def test_numbers_lie_beside_the_pictures(run):
     weights = rows_of(folder / "weight.csv")
     assert [row["step"] for row in weights] == [str(step) for step in range(10, 301, 10)]
     assert float(weights[0]["qa"]) == pytest.approx(1 + 0.6 * np.sin(np.pi / 15 + 1))
+    losses = rows_of(folder / "loss.csv")
+    assert [row["step"] for row in losses] == [row["step"] for row in weights]
+    assert [float(losses[0][task]) for task in TASKS] == [2.0] * 4
     shares = [sum(float(row[t]) for t in TASKS) for row in rows_of(folder / "effective_share.csv")]
     assert shares == pytest.approx([1.0] * 30)
     assert float(rows_of(folder / "epochs.csv")[-1]["topic"]) == 12.0
@@ -331,16 +334,16 @@ def test_methods_at_equal_steps_and_at_equal_time(folders):
     assert pcgrad.transfer.delta.mean == pytest.approx(expected)
     assert pcgrad.transfer.paired
     assert by_label["plain"].transfer.worst == "qa"
-    # The quickest runs take 30 s; PCGrad's last evaluation by then is that of step 100.
+    # The quickest runs take 30 s, in which PCGrad comes to step 187.5: from 20 less to 10 less.
     assert found.seconds == pytest.approx(30.0)
     timed = {result.label: result for result in found.by_time}
-    assert (timed["plain"].step, timed["PCGrad"].step) == (300, 100)
-    assert timed["PCGrad"].average.mean == pytest.approx(pcgrad.average.mean - 20)
+    assert (timed["plain"].step, timed["PCGrad"].step) == (300, 187)
+    assert timed["PCGrad"].average.mean == pytest.approx(pcgrad.average.mean - 11.25)
     assert found.without_time == ()
 
 
 def test_seeds_of_a_method_are_timed_together(tmp_path):
-    """A seed that was slower by chance does not lose its last evaluation."""
+    """A seed that was slower by chance counts with the others; a method loses what it is slower."""
     paces = {"": (0.1, 0.12), "FAMO": (0.112, 0.112), "PCGrad": (0.12, 0.12), "GradNorm": (9, 9)}
     made = [
         write_run(tmp_path / f"{method}{seed}", SCORES, method=method, seed=seed,
@@ -349,8 +352,11 @@ def test_seeds_of_a_method_are_timed_together(tmp_path):
     ]  # fmt: skip
     found = compare(made)
     assert found.seconds == pytest.approx(33.0)
-    # FAMO is 1.8 % slower, which is no difference, and PCGrad 9 %.
-    assert {r.label: r.step for r in found.by_time} == {"plain": 300, "FAMO": 300, "PCGrad": 200}
+    # FAMO is 1.8 % slower and PCGrad 9 %.
+    assert {r.label: r.step for r in found.by_time} == {"plain": 300, "FAMO": 295, "PCGrad": 275}
+    timed = {r.label: r.average.mean for r in found.by_time}
+    assert timed["plain"] - timed["PCGrad"] == pytest.approx(10 * 25 / 100)
+    assert timed["plain"] - timed["FAMO"] == pytest.approx(10 * (1 - 0.11 / 0.112) * 300 / 100)
     assert found.without_time == ("GradNorm",)
     assert "Not evaluated within that time: GradNorm" in Page(comparison_html.render(found)).text
     (made[0] / "metrics.jsonl").unlink()
@@ -438,7 +444,7 @@ def test_settings_that_differ_are_part_of_the_name(tmp_path):
         for factor in (2, 3)
     ]  # fmt: skip
     labels = [result.label for result in compare(made).by_steps]
-    assert labels == [f"StaticWeights (factors={{'qa': {factor}}})" for factor in (2, 3)]
+    assert labels == [f"StaticWeights (factors qa {factor})" for factor in (2, 3)]
 
 
 def test_losses_have_no_average_and_a_front_on_the_other_side(tmp_path):
@@ -453,48 +459,3 @@ def test_losses_have_no_average_and_a_front_on_the_other_side(tmp_path):
     assert trade_off.front == ("StaticWeights", "plain"), "from the worst nli to the best"
     assert [point.where for point in trade_off.points] == ["over", "over", "below"]
     assert "nli (loss) (lower is better)" in Page(comparison_html.render(found)).text
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"Data__batch_size": 64}, r"Data\.batch_size is 32 in .* but 64 in"),
-        ({"Data__inputs_length": 128}, r"Data\.inputs_length is 64 in .* but 128 in"),
-        ({"Run__steps": 200}, r"Run\.steps is 300 in .* but 200 in"),
-    ],
-)
-def test_other_budgets_are_refused(tmp_path, settings, message):
-    multi = write_run(tmp_path / "multi", SCORES)
-    single = write_run(tmp_path / "single", SCORES, trained=("qa",), **settings)
-    with pytest.raises(UserError, match=message):
-        compare([multi, single])
-
-
-def test_unfinished_doubled_and_strange_runs_are_refused(tmp_path, capsys):
-    first = write_run(tmp_path / "first", SCORES)
-    with pytest.raises(UserError, match="evaluated up to step 300 of 400"):
-        compare([first, write_run(tmp_path / "long", SCORES, Run__steps=400)])
-    with pytest.raises(UserError, match="would count as two draws"):
-        compare([first, first])
-    single = [write_run(tmp_path / n, SCORES, trained=("qa",)) for n in ("one", "two")]
-    with pytest.raises(UserError, match="single-task runs of qa with the same settings and seeds"):
-        compare(single)
-    with pytest.raises(UserError, match="trained on 'mt' alone but does not evaluate it"):
-        compare([first, write_run(tmp_path / "mt", SCORES, trained=("mt",))])
-    with pytest.raises(UserError, match="no task and metric in common"):
-        compare([first, write_run(tmp_path / "other", {"x": 1.0, "y": 2.0}, seed=1)])
-    empty = write_run(tmp_path / "empty", SCORES, seed=2)
-    (empty / "results.jsonl").write_text("")
-    with pytest.raises(UserError, match="has no results"):
-        compare([first, empty])
-    assert cli.main(["report", "--compare", str(tmp_path / "nowhere")]) == 1
-    assert "is not a folder" in capsys.readouterr().err
-
-
-def test_flags_that_would_do_nothing_are_refused(tmp_path, capsys):
-    folder = str(write_run(tmp_path / "run", SCORES))
-    for words in (["--tasks", "a", "b"], ["--lower_is_better", "m"]):
-        assert cli.main(["report", folder, *words]) == 1
-        assert f"{words[0]} is of --compare" in capsys.readouterr().err
-    assert cli.main(["report", folder, "--examples", "9"]) == 1
-    assert "--examples is of --representations" in capsys.readouterr().err

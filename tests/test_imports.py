@@ -54,7 +54,7 @@ ORDER = (
         "sharding",
     ),
     *("loss", "incremental", "model", "layers"),
-    *("attention", "kernels", "optim"),
+    *("attention", "kernels", "optim", "host_memory"),
     # What a run leaves behind.
     *(
         "checkpoint",

@@ -102,6 +102,8 @@ def test_a_line_sums_its_steps_and_weighs_by_tokens(session, book):
         "accuracy/second": 0.5,
         "tokens/second": 10,
         "epochs/first": 0.4,
+        "effective_share/first": (3 / 3 + 1 / 11) / 2,
+        "effective_share/second": (0 + 10 / 11) / 2,
     }
     assert {name: line[name] for name in expected} == pytest.approx(expected)
     assert not any("never drawn" in name for name in line)

@@ -14,7 +14,14 @@ import numpy as np
 from mtl_jax.analysis.gradients import mean_cosine, read_gradients
 from mtl_jax.analysis.intervals import Interval, mean_interval, paired_difference
 from mtl_jax.analysis.run_analysis import FOLDER
-from mtl_jax.analysis.runs import STATIC_METHODS, Run, check_budget, read_run, trained_on
+from mtl_jax.analysis.runs import (
+    STATIC_METHODS,
+    Run,
+    check_baselines,
+    check_budget,
+    read_run,
+    trained_on,
+)
 from mtl_jax.analysis.state_files import align
 from mtl_jax.analysis.trade_offs import TradeOff, trade_off
 from mtl_jax.analysis.transfer import (
@@ -29,8 +36,6 @@ from mtl_jax.errors import UserError, suggest
 
 Key = tuple[str, str]  # (task, metric)
 AVERAGE, WORST = "average", "worst task"
-# Runs of one method differ by about this in time; less must not cost a method its last evaluation.
-TIME_TOLERANCE = 0.02
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +54,7 @@ class MethodResult:
         None for that method, and where no seed is common.
       transfer: against the single-task runs; None where none was given.
       seconds: training time at this budget, None where unknown.
-      step: the evaluation that was looked at.
+      step: how far training was; between two evaluations, values lie on the line between theirs.
     """
 
     label: str
@@ -74,7 +79,7 @@ class Comparison:
       trained: the tasks of `keys` that were trained on.
       left_out: pairs that only some of the runs have.
       by_steps: at the end of training.
-      by_time: at the last evaluation within `seconds`; empty where times are unknown.
+      by_time: where each method was after `seconds`; empty where times are unknown.
       without_time: methods that were not evaluated within that time.
       seconds: training time of the quickest method, a mean over its seeds, as are the times that
         are held against it.
@@ -172,6 +177,7 @@ def compare(
     check_budget(runs)
     single = [run for run in runs if len(run.trained) == 1]
     multi = [run for run in runs if len(run.trained) != 1]
+    check_baselines(single, multi)
     baselines = _baselines(single)
     groups = _groups(multi)
     keys, left_out = _shared([run.scores for run in multi])
@@ -228,15 +234,36 @@ def _quickest(groups: Mapping[str, Sequence[Run]]) -> float | None:
     return min(known) if known and len(known) == len(times) else None
 
 
-def _last_within(runs: Sequence[Run], seconds: float, keys: Sequence[Key]) -> int | None:
-    """The last step within the time at which all of a method's runs were evaluated."""
-    common = set.intersection(*(set(run.by_step) for run in runs))
-    for step in sorted(common, reverse=True):
-        until = _mean_seconds(runs, step)
-        whole = all(key in run.by_step[step] for run in runs for key in keys)
-        if whole and until is not None and until <= seconds * (1 + TIME_TOLERANCE):
-            return step
-    return None
+def _after(
+    runs: Sequence[Run], seconds: float, keys: Sequence[Key]
+) -> list[tuple[int, Scores]] | None:
+    """(step, scores) of each run of a method after so many seconds of training.
+
+    The step is the method's, by the mean time of its seeds, and scores between two evaluations lie
+    on the line between theirs: machines are never so quiet that two methods of the same cost reach
+    the same evaluation. None where the time ends before the first evaluation.
+    """
+    common = sorted(
+        step
+        for step in set.intersection(*(set(run.by_step) for run in runs))
+        if all(key in run.by_step[step] for run in runs for key in keys)
+    )
+    times = [_mean_seconds(runs, step) for step in common]
+    known = [(n, time) for n, time in zip(common, times, strict=True) if time is not None]
+    if not known or known[0][1] > seconds:
+        return None
+    steps, ends = zip(*known, strict=True)
+    place = float(np.interp(seconds, ends, steps))
+    return [
+        (
+            round(place),
+            {
+                key: float(np.interp(place, steps, [run.by_step[step][key] for step in steps]))
+                for key in keys
+            },
+        )
+        for run in runs
+    ]
 
 
 def _baselines(single: Sequence[Run]) -> dict[str, dict[Seed, Scores]]:
@@ -286,11 +313,18 @@ def _twice(first: Path, second: Path, what: str) -> str:
 def _label(method: str, run: Run, alike: Sequence[Run]) -> str:
     """The method's name, with the values that set this run apart from others of its method."""
     apart = [
-        f"{name.removeprefix(method + '.')}={run.variant[name]!r}"
+        _in_words(name.removeprefix(method + "."), run.variant[name])
         for name in run.variant
         if any(other.variant.get(name) != run.variant[name] for other in alike)
     ]
     return f"{method} ({', '.join(apart)})" if apart else method
+
+
+def _in_words(name: str, value: Any) -> str:
+    if isinstance(value, Mapping) and value:
+        parts = (f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in value.items())
+        return f"{name} {', '.join(parts)}"
+    return f"{name}={value!r}"
 
 
 def _paired(values: Mapping[Seed, float], others: Mapping[Seed, float]) -> Interval | None:
@@ -407,15 +441,10 @@ class _View:
     def within(
         self, seconds: float, groups: Mapping[str, Sequence[Run]]
     ) -> tuple[tuple[MethodResult, ...], tuple[str, ...]]:
-        """The methods at their last evaluations within the time, and those that have none."""
-        steps = {label: _last_within(runs, seconds, self.keys) for label, runs in groups.items()}
-        found = {
-            label: [(step, run.by_step[step]) for run in groups[label]]
-            for label, step in steps.items()
-            if step is not None
-        }
-        late = tuple(label for label, step in steps.items() if step is None)
-        return self.results(groups, found), late
+        """The methods after so many seconds, and those that were not evaluated by then."""
+        after = {label: _after(runs, seconds, self.keys) for label, runs in groups.items()}
+        found = {label: scores for label, scores in after.items() if scores is not None}
+        return self.results(groups, found), tuple(label for label in after if label not in found)
 
     def _over(self, scores: Sequence[Scores], keys: Sequence[Key], fold: Any) -> Interval | None:
         """A fold over tasks in each run, then over seeds; None where a metric counts mistakes."""

@@ -23,7 +23,7 @@ from mtl_jax.storage import read_jsonl
 
 FOLDER = "analysis"
 # Values per task in metrics.jsonl, written as NAME/TASK.
-TRACES = ("weight", "effective_share", "gradient_norm", "epochs")
+TRACES = ("loss", "tokens", "weight", "effective_share", "gradient_norm", "epochs")
 _MOST_GROUPS = 6
 SCALARS = ("conflict_rate", "solver_fallback")
 
@@ -171,8 +171,8 @@ def _by_task(metrics: Sequence[Mapping[str, Any]], name: str) -> dict[str, Serie
 def save(analysis: RunAnalysis, run: Path) -> list[Path]:
     """Writes the numbers behind the pictures into `run/analysis` and returns the files.
 
-    weight.csv and so on: a line per step, a column per task. cosine.csv: a line per step, group
-    and pair that was seen. cosine.json: means over training and the order of the tasks.
+    loss.csv, weight.csv and so on: a line per step, a column per task. cosine.csv: a line per step,
+    group and pair that was seen. cosine.json: means over training and the order of the tasks.
     affinity.json: first-order affinity and the proposed groups; lookahead.json: the same of the
     measured one; lookahead.csv: both at each line that has it.
 

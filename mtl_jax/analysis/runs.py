@@ -27,6 +27,10 @@ _SILENT = re.compile(
     r"|(Data\.(seed|prefetch|data_dir|task_modules))|Checkpoint\..*|Eval\..*|Generate\..*|Infer\..*"
     r"|Balance\.(method|modules|(monitor|affinity)_every)|Mixture\.name"
 )
+# What a baseline of one task must have in common with a run that it is held against.
+_ALIKE = re.compile(
+    r"T5\.(?!attention|scan_layers|remat).*|Optimizer\.(?!freeze|learning_rate_scale).*"
+)
 _BASELINE_ROWS = ("chance", "majority")
 _START = re.compile(r"^(\w+\.\w+) = ")
 
@@ -226,4 +230,21 @@ def check_budget(runs: Sequence[Run]) -> None:
                     f"{name} is {first.settings.get(name)} in {first.path} but "
                     f"{run.settings.get(name)} in {run.path}: such runs cannot be compared; leave "
                     "one out or train it again."
+                )
+
+
+def check_baselines(single: Sequence[Run], multi: Sequence[Run]) -> None:
+    """Refuses single-task runs of another model or optimizer than every run of several tasks.
+
+    Raises:
+      UserError: names the setting and two runs.
+    """
+    for run in single if multi else ():
+        for name, value in run.settings.items():
+            others = [other.settings.get(name) for other in multi]
+            if _ALIKE.fullmatch(name) and value not in others:
+                raise UserError(
+                    f"{name} is {value!r} in {run.path}, a run on one task, but {others[0]!r} in "
+                    f"{multi[0].path}: a baseline must have the model and the optimizer of a run "
+                    "that it is held against; leave it out or train it again."
                 )

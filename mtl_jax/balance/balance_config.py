@@ -29,6 +29,11 @@ RESCALES = {
     "sum_to_one": "the weights of the tasks that are present sum to one",
     "mean_norm": "the update has the norm of the plain one (needs gradients per task)",
 }
+PRE_NORMALIZE = {
+    "none": "the gradients of the tasks' mean losses",
+    "l2": "the method sees them at length one, in each group",
+    "loss": "it sees those of the losses' logarithms: each over its loss",
+}
 _OF_GRADIENTS = ("groups", "task_gradients", "sketch_size")
 
 
@@ -47,6 +52,7 @@ class BalanceConfig:
       sketch_size: numbers kept of a gradient in each group, with task_gradients = "sketch".
       every_n_steps: steps between two solutions of a method that needs gradients per task; the
         weights hold until the next one, and a step in between costs what a plain one does.
+      pre_normalize: what gradients a method that needs them sees, a name of `PRE_NORMALIZE`.
       rescale: of the weights, a name of `RESCALES`.
       monitor_every: steps between two looks at the gradients of single tasks under a method that
         does not need them, for the log; 0: none.
@@ -65,6 +71,7 @@ class BalanceConfig:
     task_gradients: str = "microbatch"
     sketch_size: int = 4096
     every_n_steps: int = 1
+    pre_normalize: str = "none"
     rescale: str = "none"
     monitor_every: int = 0
     affinity_every: int = 0
@@ -79,6 +86,7 @@ class BalanceConfig:
             ("reduction", REDUCTIONS),
             ("groups", GROUPS),
             ("task_gradients", TASK_GRADIENTS),
+            ("pre_normalize", PRE_NORMALIZE),
             ("rescale", RESCALES),
         ):
             value = getattr(self, field)
@@ -138,6 +146,11 @@ class BalanceConfig:
             raise UserError(
                 "Balance.every_n_steps with several groups needs microbatches of one task each: "
                 "set Balance.task_gradients = 'microbatch'."
+            )
+        if self.pre_normalize != "none" and not needs_gram:
+            raise UserError(
+                "Balance.pre_normalize is for methods that need gradients per task, and "
+                f"{self.method or 'plain training'} does not: remove it."
             )
         if self.rescale == "mean_norm" and not needs_gram:
             raise UserError(

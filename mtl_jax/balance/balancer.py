@@ -104,8 +104,11 @@ class Balancer:
         """The weights [K, N] of this step, the state, and what the method logs."""
         if self.method is None or isinstance(state, tuple):
             return seen.shares[None], state, {}
-        weights, inner, logs = self.method.weights(state.method, seen)
+        shown, scale_KN = self._pre_normalized(seen)
+        weights, inner, logs = self.method.weights(state.method, shown)
         weights_KN = weights if weights.ndim == 2 else weights[None]
+        if scale_KN is not None:
+            weights_KN = weights_KN * scale_KN
         weights_KN = self._rescaled(weights_KN, seen)
         # What is absent now may be there before the next solution: with its last weight, or, if it
         # has none yet, with one like the others'.
@@ -133,6 +136,18 @@ class Balancer:
             state, method=self.method.observe(state.method, seen, losses_after)
         )
 
+    def _pre_normalized(self, seen: Observations) -> tuple[Observations, jax.Array | None]:
+        """What the method sees, and what its weights [K, N] must then be multiplied by."""
+        if self.cfg.pre_normalize == "none" or seen.gram is None:
+            return seen, None
+        if self.cfg.pre_normalize == "l2":
+            size_KN = jnp.sqrt(jnp.maximum(jnp.einsum("knn->kn", seen.gram), 0.0))
+        else:
+            size_KN = jnp.broadcast_to(seen.losses[None], seen.gram.shape[:2])
+        scale_KN = jnp.where(size_KN > _SMALL, 1.0 / jnp.maximum(size_KN, _SMALL), 0.0)
+        gram_KNN = seen.gram * scale_KN[:, :, None] * scale_KN[:, None, :]
+        return dataclasses.replace(seen, gram=gram_KNN), scale_KN
+
     def _rescaled(self, weights_KN: jax.Array, seen: Observations) -> jax.Array:
         if self.cfg.rescale == "sum_to_one":
             total_K1 = jnp.sum(weights_KN, axis=1, keepdims=True)
@@ -158,7 +173,8 @@ def make_balancer(
 ) -> Balancer:
     """A balancer for these tasks.
 
-    With one task there is nothing to share: training is the plain one, whatever the method.
+    With one task there is nothing to share: training is the plain one, whatever the method and
+    whatever tasks its fields name.
 
     Args:
       cfg: the values.
@@ -172,20 +188,25 @@ def make_balancer(
       UserError: options that do not fit the tasks.
     """
     names = tuple(dict.fromkeys(owners))
-    if method is None and cfg.method:
-        method = METHODS[cfg.method]()
-    if method is not None and names:
-        method.check(names)
-        if cfg.follow_rates and not hasattr(method, "rates"):
-            raise UserError(
-                f"Balance.follow_rates: {cfg.method} has no rates in its state; methods that have: "
-                f"{', '.join(sorted(n for n, m in METHODS.items() if hasattr(m, 'rates')))}."
-            )
     if len(names) < 2:
         cfg = BalanceConfig(modules=cfg.modules, by=cfg.by, reduction=cfg.reduction)
         method = None
+    else:
+        method = METHODS[cfg.method]() if method is None and cfg.method else method
+        _check(cfg, method, names)
     of_task = (0, *(names.index(owner) + 1 for owner in owners))
     return Balancer(cfg, method, names, of_task, make_grouping(cfg.groups, model), axes)
+
+
+def _check(cfg: BalanceConfig, method: Method | None, names: Sequence[str]) -> None:
+    if method is None:
+        return
+    method.check(names)
+    if cfg.follow_rates and not hasattr(method, "rates"):
+        raise UserError(
+            f"Balance.follow_rates: {cfg.method} has no rates in its state; methods that have: "
+            f"{', '.join(sorted(n for n, m in METHODS.items() if hasattr(m, 'rates')))}."
+        )
 
 
 def describe_cost(balancer: Balancer, parameter_bytes: int) -> str:
@@ -196,36 +217,39 @@ def describe_cost(balancer: Balancer, parameter_bytes: int) -> str:
       parameter_bytes: of the trained parameters on one device.
     """
     cfg, count = balancer.cfg, len(balancer.names)
-    name = cfg.method or "plain"
-    if balancer.every == 0:
-        return f"{name}: {_loss_side_cost(balancer)}"
-    passes = {
-        "microbatch": "one backward pass over microbatches of one task each, about 1.1-1.4 x",
-        "vmap": f"a backward pass for each of {count} tasks, about {(1 + 2 * count) / 3:.1f} x",
-        "sketch": "two passes over microbatches of one task each, about 2 x",
-    }[cfg.task_gradients]
     kept, moved = balancer.slots_bytes(parameter_bytes) / 2**20, parameter_bytes / 2**20
-    words = (
-        f"{name}: {passes} the time of a plain step{_often(balancer.every)}; {kept:,.1f} MiB a "
-        f"device for {count} tasks' gradients"
-    )
+    words = [] if balancer.needs(GRAM) else [_loss_side_cost(balancer, moved)]
+    if balancer.every:
+        passes = {
+            "microbatch": "one backward pass over microbatches of one task each, about 1.1-1.4 x",
+            "vmap": f"a backward pass for each of {count} tasks, about {(1 + 2 * count) / 3:.1f} x",
+            "sketch": "two passes over microbatches of one task each, about 2 x",
+        }[cfg.task_gradients]
+        more = {"vmap": f", and {count} times the gradients of activations"}
+        words += [
+            f"{passes} the time of a plain step{_often(balancer.every)}",
+            f"{kept:,.1f} MiB a device for {count} tasks' gradients"
+            + more.get(cfg.task_gradients, ""),
+        ]
     if cfg.affinity_every:
-        words += (
-            f"; for the affinity {count + 1} forward passes, about {(count + 1) / 3:.1f} x the "
+        words += [
+            f"for the affinity {count + 1} forward passes, about {(count + 1) / 3:.1f} x the "
             f"time of a plain step more{_often(cfg.affinity_every)}, and {moved:,.1f} MiB a device"
-        )
-    return words
+        ]
+    return f"{cfg.method or 'plain'}: {'; '.join(words)}"
 
 
 def _often(every: int) -> str:
     return "" if every == 1 else f" at every {every}th step"
 
 
-def _loss_side_cost(balancer: Balancer) -> str:
+def _loss_side_cost(balancer: Balancer, parameter_mib: float) -> str:
     more = sum(map(balancer.needs, (LOSSES_AFTER, REFERENCE)))
     words = (
         f"about {1 + more / 3:.2f} x the time of a plain step" if more else "a plain step's time"
     )
+    if balancer.needs(REFERENCE):
+        words += f" and {parameter_mib:,.1f} MiB a device for the reference"
     if balancer.needs(LOSSES):
         words += "; a forward pass more where there are microbatches or Step.loss_chunk"
     return words

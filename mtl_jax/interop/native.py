@@ -167,6 +167,18 @@ class NativeSource(Source):
         return tensorstore.open(spec, read=True, context=context).result()
 
 
+def sharing_of(path: Path) -> SharingPlan | None:
+    """How tasks share parameters in the newest checkpoint of a run; None: all of them.
+
+    Raises:
+      UserError: no checkpoint, or a damaged one.
+    """
+    folder, step = locate(path)
+    with Checkpointer(folder, read_only=True) as checkpointer:
+        meta = checkpointer.meta(step)
+    return from_description(meta["sharing"], _config(meta, folder)) if "sharing" in meta else None
+
+
 def _config(meta: dict[str, Any], place: Path) -> T5Config:
     known = {field.name for field in dataclasses.fields(T5Config)}
     values = meta.get("model")

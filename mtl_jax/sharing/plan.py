@@ -164,6 +164,16 @@ class SharingPlan:
                 return self._id_in_cluster(str(cluster)) if trained else 0
         return 0
 
+    def evaluated_as(self, name: str) -> str | None:
+        """The name by which `task_id` gives what `evaluation_id` does; None: any, all are alike."""
+        if not self.by_task:
+            return None
+        number = self.evaluation_id(name)
+        if number == 0:
+            return "*"
+        own = number <= len(self.names)
+        return self.names[number - 1] if own else self.cluster_names[number - len(self.names) - 1]
+
     def _id_in_cluster(self, cluster: str) -> int:
         entry = self.cluster_names.index(cluster)
         if self._by_cluster_alone:

@@ -1,0 +1,50 @@
+"""A CPU's programs find the memory of their last run again."""
+
+import ctypes
+import subprocess
+import sys
+
+import pytest
+
+from mtl_jax import host_memory
+
+# Page faults of five runs of a program with 16 MiB of temporaries, as in training.
+_PROGRAM = """
+import resource, sys
+import jax, jax.numpy as jnp
+from mtl_jax import sharding
+if "told" in sys.argv:
+    sharding.configure_jax()
+    sharding.make_mesh(sharding.MeshConfig())
+x = jnp.ones((2048, 2048))
+f = jax.jit(lambda x: jnp.sum(jnp.tanh(x @ x) @ x))
+for _ in range(3):
+    f(x).block_until_ready()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    f(x).block_until_ready()
+print(f.lower(x).compile().memory_analysis().temp_size_in_bytes)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(
+    not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="the C library is not glibc"
+)
+def test_temporaries_are_not_given_back_between_steps():
+    def run(*args):
+        command = [sys.executable, "-c", _PROGRAM, *args]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        return map(int, done.stdout.split())
+
+    temporaries, faults = run("told")
+    assert temporaries >= 16 * 2**20
+    pages = 5 * temporaries // 4096
+    assert faults < pages / 10
+    _, otherwise = run()
+    assert otherwise > pages / 2, "the test would show nothing"
+
+
+def test_other_c_libraries_are_left_alone(monkeypatch):
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
+    assert not host_memory.keep()
