@@ -37,7 +37,7 @@ class Preemption:
         self._asked.set()
 
     def __enter__(self) -> "Preemption":
-        # JAX listens itself in a job of several; and only the main thread may listen.
+        # JAX listens itself in a job of several (processes.start); only the main thread may listen.
         alone = not processes.several()
         if alone and threading.current_thread() is threading.main_thread():
             self._earlier = signal.signal(signal.SIGTERM, self._ask)

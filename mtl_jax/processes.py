@@ -12,6 +12,7 @@ import io
 import json
 import os
 import sys
+import threading
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -27,7 +28,9 @@ _FLAGS = {
     "process_id": "JAX_PROCESS_ID",
 }
 
-_POD, _TPU, _KUBERNETES = "the TPU pod", "the TPU machine", "Kubernetes"
+_GRACE = 30  # seconds that JAX would wait longer than we do
+
+_POD, _TPU, _KUBERNETES, _MPI = "the TPU pod", "the TPU machine", "Kubernetes", "Open MPI"
 
 
 class _Nowhere(io.TextIOBase):
@@ -43,8 +46,13 @@ def start(args: argparse.Namespace) -> None:
     then what `launcher` finds, where JAX knows all three. One process, and nothing else given, is
     alone whatever started it.
 
+    If the others do not come in time, the process ends here, with a message and status 1.
+
+    Args:
+      args: of a `command`, which says whether the job listens for SIGTERM.
+
     Raises:
-      UserError: a part is missing or out of range, or the others do not come in time.
+      UserError: a part is missing or out of range, or JAX cannot tell where the others are.
     """
     given = {name: _given(args, name) for name in _FLAGS}
     missing = [name for name, value in given.items() if value is None]
@@ -54,7 +62,7 @@ def start(args: argparse.Namespace) -> None:
             return
         if found == _KUBERNETES:
             _check_kubernetes(os.environ)
-        given = {}
+        given = _detection(found, os.environ)
     elif missing and given["num_processes"] == 1:
         return
     elif missing:
@@ -65,22 +73,45 @@ def start(args: argparse.Namespace) -> None:
         )
     else:
         _check(given)
+    _join(args, given, found)
+
+
+def _join(args: argparse.Namespace, given: Mapping[str, Any], found: str) -> None:
     waiting, silence = args.process_start_timeout, args.process_timeout
-    # The package that asks a Kubernetes cluster has errors of its own.
-    kinds = (RuntimeError, ValueError) if given or found != _KUBERNETES else (Exception,)
-    try:
-        jax.distributed.initialize(
-            **given, initialization_timeout=waiting, heartbeat_timeout_seconds=silence
-        )
-    except kinds as error:
-        if not given and found == _TPU and isinstance(error, ValueError):
-            return  # JAX finds no neighbours: a single machine, or one of its own kind
-        where = given.get("coordinator_address") or f"the coordinator that {found} names"
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise UserError(
+    where = given.get("coordinator_address") or f"the coordinator that {found} names"
+
+    def lost(reason: str) -> str:
+        return (
             f"The processes of the job did not find one another at {where} ({reason}). Was every "
             f"process started, within {waiting} s of the first, and can it reach that address?"
-        ) from error
+        )
+
+    def give_up() -> None:
+        print(f"mtl-jax {args.command}: {lost('not all have come')}", file=sys.stderr)
+        abort(1)
+
+    # JAX's notifier keeps SIGTERM from ending a process; who does not ask it would never hear.
+    listens = args.command == "train" and not args.dry_run
+    jax.config.update("jax_enable_preemption_service", listens)
+    detected = "process_id" not in given
+    # The packages that ask a Kubernetes cluster, or MPI, have errors of their own.
+    asks = detected and found in (_KUBERNETES, _MPI)
+    kinds = (Exception,) if asks else (RuntimeError, ValueError)
+    # Before JAX, which would end the process by SIGABRT, with words of its own.
+    patience = threading.Timer(waiting, give_up)
+    patience.daemon = True
+    patience.start()
+    try:
+        jax.distributed.initialize(
+            **given, initialization_timeout=waiting + _GRACE, heartbeat_timeout_seconds=silence
+        )
+    except kinds as error:
+        if detected and found == _TPU and isinstance(error, ValueError):
+            return  # JAX finds no neighbours: a single machine, or one of its own kind
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise UserError(lost(reason)) from error
+    finally:
+        patience.cancel()
 
 
 def _given(args: argparse.Namespace, name: str) -> Any:
@@ -116,6 +147,23 @@ def _check_kubernetes(environment: Mapping[str, str]) -> None:
         )
 
 
+def _detection(found: str, environment: Mapping[str, str]) -> dict[str, str]:
+    """How JAX is to look for the others, where it would not find them by itself.
+
+    It knows `mpirun` by a variable that Open MPI 5 no longer sets (jax-ml/jax#14576).
+    """
+    if found != _MPI or "OMPI_MCA_orte_hnp_uri" in environment:
+        return {}
+    if not importlib.util.find_spec("mpi4py"):
+        raise UserError(
+            f"This is one of {environment['OMPI_COMM_WORLD_SIZE']} processes of Open MPI 5 or "
+            "newer. Where they are JAX asks MPI, by a package that is not installed: pip install "
+            "mpi4py, or give --coordinator_address, --num_processes and --process_id "
+            "(docs/pods.md). If each is to work alone: --num_processes=1."
+        )
+    return {"cluster_detection_method": "mpi4py"}
+
+
 def launcher(environment: Mapping[str, str]) -> str:
     """What started this process as one of several, by the variables that it sets; "": nothing.
 
@@ -126,10 +174,10 @@ def launcher(environment: Mapping[str, str]) -> str:
     def several(name: str) -> bool:
         return environment.get(name, "").isdigit() and int(environment[name]) > 1
 
+    if several("OMPI_COMM_WORLD_SIZE"):  # also within a job of SLURM, whose variables it inherits
+        return _MPI
     if "SLURM_PROCID" in environment and several("SLURM_NTASKS"):
         return "SLURM"
-    if several("OMPI_COMM_WORLD_SIZE"):
-        return "Open MPI"
     if "," in environment.get("TPU_WORKER_HOSTNAMES", "") or several("MEGASCALE_NUM_SLICES"):
         return _POD
     # A TPU machine that says nothing of its neighbours: JAX asks the machine's metadata.
