@@ -162,6 +162,26 @@ def product_with_output(cfg: T5Config, hidden_BTD: jax.Array, kernel_DV: jax.Arr
     return nn.with_logical_constraint(out_BTV, ("batch", "length", "vocab"))
 
 
+def _rows(table_VD: jax.Array, tokens_BL: jax.Array) -> jax.Array:
+    """The table's rows [B, L, D] of the tokens.
+
+    Over copies of the model (the axis `data`) each copy sums up the gradient of its own tokens, and
+    the sums are added. Left to itself XLA gathers the gradients of all tokens in every copy: with
+    more tokens in a batch than words that is more, and it may go from slice to slice.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    copies = 1 if mesh.empty else mesh.shape.get("data", 1)
+    if copies == 1 or tokens_BL.shape[0] % copies or tokens_BL.size < table_VD.shape[0]:
+        return jnp.take(table_VD, tokens_BL, axis=0)
+    tables = jnp.broadcast_to(table_VD, (copies, *table_VD.shape))
+    tables = nn.with_logical_constraint(tables, ("copies", "vocab", "embed"))
+    tokens = tokens_BL.reshape(copies, -1, tokens_BL.shape[1])
+    tokens = nn.with_logical_constraint(tokens, ("copies", "rows", "length"))
+    rows = jax.vmap(lambda table, own: jnp.take(table, own, axis=0))(tables, tokens)
+    rows = nn.with_logical_constraint(rows, ("copies", "rows", "length", None))
+    return rows.reshape(*tokens_BL.shape, -1)
+
+
 class T5(nn.Module):
     """All parameters under T5X's names; the functions below are its only users."""
 
@@ -174,7 +194,7 @@ class T5(nn.Module):
         self.decoder = Decoder(self.cfg, self.deterministic)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
-        x = jnp.take(self.token_embedder(), tokens, axis=0).astype(self.cfg.dtype)
+        x = _rows(self.token_embedder(), tokens).astype(self.cfg.dtype)
         return nn.with_logical_constraint(x, ("batch", "length", "embed"))
 
     def encode(self, tokens_BL: jax.Array, segments_BL: jax.Array) -> jax.Array:

@@ -37,7 +37,11 @@ def represent(run: Path, examples: int = 64) -> Path:
     inputs = [text for of_dataset in texts.values() for _, text in of_dataset]
     labels = np.repeat(np.arange(len(texts)), [len(found) for found in texts.values()])
     plan = native.sharing_of(run)
-    whose = [plan and plan.evaluated_as(task) for found in texts.values() for task, _ in found]
+    whose = [
+        None if plan is None else plan.evaluated_as(task)
+        for found in texts.values()
+        for task, _ in found
+    ]
     states: dict[int, np.ndarray] = {}
     for task in dict.fromkeys(whose):
         model = inference.load(run, inputs_length=cfg.eval.inputs_length, task=task)

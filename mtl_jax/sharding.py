@@ -23,6 +23,8 @@ STACKED = ("tasks", "layers")  # leading logical axes that no optimizer factors
 # activation ("batch", "length", "embed") spends `fsdp` on its batch, a kernel on its embed axis.
 RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("batch", ("data", "fsdp")),
+    ("copies", "data"),  # the batch in two axes
+    ("rows", "fsdp"),
     ("vocab", "tensor"),
     ("mlp", "tensor"),
     ("heads", "tensor"),

@@ -27,7 +27,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from mtl_jax import attention
 from mtl_jax.errors import UserError, suggest
 
-INSTALL = 'install what compiles for absent devices: pip install "mtl_jax[aot]"'
+INSTALL = "install what compiles for absent devices: pip install '/path/to/mtl_jax[aot]'"
 
 # Kind -> an example, which also tells the number of dimensions of its torus.
 TPU_KINDS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}

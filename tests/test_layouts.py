@@ -95,6 +95,7 @@ def evaluated(preset, folder):
         ),
     ]
     mesh = mesh_of(preset)
+    folder.mkdir()
     cfg = EvalConfig(batch_size=8, max_shapes=1, max_decode_length=6)
     results = Evaluator(CFG, placement.on_mesh(mesh), cfg).run(placed(mesh)[0], tasks, 1, folder)
     return results, [test_evaluate._read(folder / "predictions" / f"{t.name}.jsonl") for t in tasks]

@@ -290,3 +290,29 @@ def test_slices_can_be_told():
         sharding.make_mesh(MeshConfig(slices=3))
     with pytest.raises(UserError, match=r"Mesh\.slices is positive"):
         MeshConfig(slices=0)
+
+
+def test_gradients_of_the_embedding_are_summed_where_the_tokens_are():
+    """Not gathered: with more tokens in a batch than words that is more to send."""
+    params = jax.tree.map(jnp.asarray, golden.params(CFG))
+    random = np.random.RandomState(0)
+    tokens_BL = random.randint(0, CFG.vocab_size, (16, 40)).astype(np.int32)
+    towards_BLD = random.normal(size=(16, 40, CFG.emb_dim)).astype(np.float32)
+    assert tokens_BL.size > CFG.vocab_size
+
+    def gradient(params, tokens_BL, towards_BLD):
+        table_VD = params["token_embedder"]["embedding"]
+        return jax.grad(lambda table_VD: jnp.sum(model._rows(table_VD, tokens_BL) * towards_BLD))(
+            table_VD
+        )
+
+    expected = gradient(params, tokens_BL, towards_BLD)
+    mesh = sharding.make_mesh(MeshConfig(data=8))
+    with sharding.on_mesh(mesh):
+        rows = jax.NamedSharding(mesh, sharding.spec(("batch", "length")))
+        given = (params, *jax.device_put((tokens_BL, towards_BLD), rows))
+        compiled = jax.jit(gradient).lower(*given).compile()
+        np.testing.assert_allclose(compiled(*given), expected, rtol=1e-5, atol=1e-6)
+    text = compiled.as_text()
+    assert "all-reduce" in text
+    assert "all-gather" not in text
