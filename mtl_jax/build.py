@@ -438,7 +438,7 @@ def load_params(session: Session, path: str) -> tuple[model.Params, int]:
     """
     checkpointer, number = open_checkpoint(path)
     with checkpointer:
-        number = checkpointer.latest() if number is None else number
+        number = processes.from_primary(checkpointer.latest()) if number is None else number
         session.check_model(checkpointer.meta(number), path)
         params, _ = checkpointer.restore_parameters(number, session.abstract_state.params)
     return params, number or 0

@@ -15,9 +15,9 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
@@ -30,16 +30,19 @@ from mtl_jax.errors import UserError, suggest
 from mtl_jax.storage import (
     RETRY_SECONDS,
     Place,
+    causes,
     first_line,
-    refused,
+    retried,
     said,
     storage_errors,
     transient,
+    withheld,
 )
 
 __all__ = ["CheckpointConfig", "Checkpointer", "DamagedCheckpoint", "locate"]
 
 _log = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 
 class DamagedCheckpoint(UserError):
@@ -105,7 +108,9 @@ class Checkpointer:
 
     def _there(self) -> bool:
         """Whether the folder is the one that was opened: Orbax would make another in its place."""
-        return self._opened is None or self._opened.same()
+        with contextlib.suppress(OSError):  # then what is done there will tell
+            return self._opened is None or self._opened.same()
+        return True
 
     @contextlib.contextmanager
     def _errors(self, action: str) -> Iterator[None]:
@@ -176,6 +181,8 @@ class Checkpointer:
                 f"{steps[-1]}. Continue from that one, or train into a new run directory."
             )
         best = self._best_metric(metrics)
+        # Of this step there may have been others, which were set aside.
+        self._checked = {(other, item) for other, item in self._checked if other != step}
         items = ocp.args.Composite(
             state=ocp.args.PyTreeSave(state, save_args=jax.tree.map(save_args_of, state)),
             data_state=ocp.args.JsonSave(dict(data_state)),
@@ -252,7 +259,8 @@ class Checkpointer:
         """Returns the steps of all complete checkpoints, oldest first."""
         if self._read_only:
             # Another process may have saved or deleted since.
-            self._manager.reload()
+            with storage_errors("list the checkpoints", self.directory):
+                retried("list the checkpoints", self._manager.reload)
         return sorted(self._manager.all_steps())
 
     def restore(
@@ -312,7 +320,7 @@ class Checkpointer:
         self.verify(step, ("meta",))
         with self._damage_errors(step):
             items = ocp.args.Composite(meta=ocp.args.JsonRestore())
-            return dict(self._manager.restore(step, args=items).meta)
+            return dict(self._again(step, lambda: self._manager.restore(step, args=items)).meta)
 
     def wait(self) -> None:
         """Blocks until the background save is complete; raises UserError if it failed."""
@@ -363,7 +371,7 @@ class Checkpointer:
         """Shapes and dtypes on disk by path, without reading any array."""
         self.verify(step)
         with self._damage_errors(step):
-            metadata = self._manager.item_metadata(step).state
+            metadata = self._again(step, lambda: self._manager.item_metadata(step)).state
             if metadata is None:
                 # Orbax answers so too where the folder may not be read; this raises the reason.
                 list((self.directory / str(step) / ITEMS[0]).iterdir())
@@ -372,22 +380,26 @@ class Checkpointer:
 
     def _read(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any], dict[str, Any]]:
         abstract = jax.tree.map(_with_sharding, abstract)
+        items = ocp.args.Composite(
+            state=ocp.args.PyTreeRestore(
+                abstract,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+                # Which tensors there are has been checked. What holds none, as the state of no
+                # method, older checkpoints need not have.
+                partial_restore=True,
+            ),
+            data_state=ocp.args.JsonRestore(),
+            meta=ocp.args.JsonRestore(),
+        )
         with self._damage_errors(step):
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.PyTreeRestore(
-                        abstract,
-                        restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
-                        # Which tensors there are has been checked. What holds none, as the state
-                        # of no method, older checkpoints need not have.
-                        partial_restore=True,
-                    ),
-                    data_state=ocp.args.JsonRestore(),
-                    meta=ocp.args.JsonRestore(),
-                ),
-            )
+            restored = self._again(step, lambda: self._manager.restore(step, args=items))
         return restored.state, dict(restored.data_state), dict(restored.meta)
+
+    def _again(self, step: int, read: Callable[[], _T]) -> _T:
+        """`read()`, again where the storage fails for a moment; not where others wait in theirs."""
+        if processes.several():
+            return read()
+        return retried(f"read the checkpoint of step {step}", read)
 
     @contextlib.contextmanager
     def _damage_errors(self, step: int) -> Iterator[None]:
@@ -395,10 +407,12 @@ class Checkpointer:
             yield
         # What a damaged file raises depends on where it is hit: JSON, tensorstore or Orbax.
         except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-            # These are no fault of the files: nobody must be led to delete them.
-            if said(error, "RESOURCE_EXHAUSTED"):
+            # These are no fault of the files: nobody must be led to delete them. JAX's own tell of
+            # too little memory, or that another process of the job has died.
+            of_jax = any(isinstance(cause, jax.errors.JaxRuntimeError) for cause in causes(error))
+            if of_jax or said(error, "RESOURCE_EXHAUSTED"):
                 raise
-            if refused(error):
+            if withheld(error):
                 with storage_errors(f"read the checkpoint of step {step}", self.directory):
                     raise
             older = [other for other in self.steps() if other < step]
@@ -423,27 +437,36 @@ class Checkpointer:
 
         Raises:
           DamagedCheckpoint: names the file that is not as it was written.
-          UserError: the files may not be read.
+          UserError: the files may not be read, or the storage fails, also later (`retried`).
         """
         new = [item for item in items if (step, item) not in self._checked]
-        folders = [self.directory / str(step) / item for item in new]
+        folder = self.directory / str(step)
         several = processes.several() and "state" in new  # the others are a few bytes
+        part = (jax.process_index(), jax.process_count()) if several else (0, 1)
+
+        def look() -> str:
+            if processes.several() and not folder.is_dir():
+                # Another process has seen it: to this one the news has not come yet.
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(folder))
+            return checksums.problem([folder / item for item in new], *part)
+
         with self._damage_errors(step):
-            part = (jax.process_index(), jax.process_count()) if several else (0, 1)
-            found, denied = "", False
+            found, number = "", 0
             try:
-                found = checksums.problem(folders, *part)
+                found = retried(f"read the checkpoint of step {step}", look)
             except OSError as error:
                 if not several:
                     raise
-                found, denied = first_line(error), refused(error)
-            of_each = [(found, denied)] if not several else processes.gather((found, denied))
-            for problem, is_denied in of_each:
-                if is_denied:
-                    raise PermissionError(errno.EACCES, problem)
+                found, number = first_line(error), error.errno or errno.EIO
+            of_each = processes.gather((found, number)) if several else [(found, number)]
+            for problem, refusal in of_each:
+                if refusal:
+                    raise OSError(refusal, problem)
                 if problem:
                     raise ValueError(problem)
         self._checked.update((step, item) for item in new)
+        if step not in self._manager.all_steps():
+            self._manager.reload()  # it was not to be seen when the folder was opened
 
     def set_aside(self, steps: Sequence[int]) -> Path:
         """Moves checkpoints out of the way of later ones; nothing is deleted.

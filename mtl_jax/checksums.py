@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mtl_jax.storage import replace_text
+from mtl_jax.storage import replace_text, retried
 
 NAME = "checksums.json"
 _AT_ONCE = 1 << 20
@@ -32,7 +32,7 @@ def write(item: Path) -> None:
     if not paths:
         raise FileNotFoundError(errno.ENOENT, "the files of a checkpoint have vanished", str(item))
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as threads:
-        found = list(threads.map(_hash, paths))
+        found = retried(f"read {item.name}", lambda: list(threads.map(_hash, paths)))
     files = {
         path.relative_to(item).as_posix(): [path.stat().st_size, text]
         for path, text in zip(paths, found, strict=True)

@@ -32,7 +32,7 @@ from mtl_jax import (
     train,
 )
 from mtl_jax.errors import UserError
-from mtl_jax.storage import replace_text, storage_errors
+from mtl_jax.storage import first_line, replace_text, storage_errors
 
 DOES_NOT_FIT = 3  # exit status; 2 is a command line that is wrong
 CHOICES = 4  # of a row that is scored; more cost nothing but their tokens
@@ -99,11 +99,21 @@ def main(args: argparse.Namespace) -> int:
     report = as_json(session, args.topology, args.slices, found)
     if not report["fits"]:
         report |= _search(session, args.topology, found, args.search)
-    print(precompile_report.text(report), flush=True)  # first: minutes went into it
+    # First, for minutes went into it.
+    print("\n".join([precompile_report.text(report), *_failures(report)]), flush=True)
     if args.json:
         with storage_errors("write --json", Path(args.json)):
             replace_text(Path(args.json), json.dumps(report, indent=1) + "\n")
     return 0 if report["fits"] else DOES_NOT_FIT
+
+
+def _failures(report: dict[str, Any]) -> list[str]:
+    """A line for each setting that was tried and that the compiler failed on."""
+    return [
+        f"Tried, but failed to compile: {row['flags']} ({row['program']}: {row['failure']})"
+        for row in report.get("tried", ())
+        if row.get("failure")
+    ]
 
 
 def _without_tasks(cfg: config.Config) -> config.Config:
@@ -280,7 +290,10 @@ def _least_traffic(session: build.Session, name: str, made: targets.Compiled) ->
 def _search(
     session: build.Session, topology: str, found: list[Program], limit: int
 ) -> dict[str, Any]:
-    """Compiles other values until one set fits: {"suggestion": flags or None, "tried": [...]}."""
+    """Compiles other values until one set fits: {"suggestion": flags or None, "tried": [...]}.
+
+    A set that does not compile at all is one of those tried, with the reason as "failure".
+    """
     usable, state = targets.chip(topology).usable, session.abstract_state
     params, whole = (
         float(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)))
@@ -319,7 +332,14 @@ def _search(
         _say(f"trying {choice.flags}")
         meshes = any(name.startswith("Mesh.") for name in choice.values)
         for name in bad + (good if meshes else []):
-            program = _compiled(other, name, topology)
+            try:
+                program = _compiled(other, name, topology)
+            except Exception as error:  # a defect of these values' alone: the report goes on
+                failure = first_line(error)
+                _say(f"{name}: failed: {failure}")
+                row = {"flags": choice.flags, "program": name, "fits": False}
+                tried.append(row | {"needed": None, "seconds": None, "failure": failure})
+                break
             row = {"flags": choice.flags, "program": name, "fits": program.fits}
             tried.append(row | {"needed": program.needed, "seconds": program.seconds})
             if not program.fits:

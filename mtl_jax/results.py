@@ -227,26 +227,21 @@ def _lines(records: Iterable[Row]) -> str:
 
 
 def write_predictions(folder: Path, task: str, records: Iterable[Row]) -> None:
-    """Replaces `folder/TASK.jsonl` as a whole.
+    """Replaces `folder/TASK.jsonl` as a whole; makes the folder, but not the run directory.
 
     Raises:
-      UserError: no space or no permission.
+      UserError: no space or no permission, or the run directory has vanished.
     """
     with storage_errors(f"write the predictions of {task}", folder):
-        replace_text(folder / f"{task}.jsonl", _lines(records))
+        folder.mkdir(exist_ok=True)
+        replace_text(folder / f"{task}.jsonl", _lines(records), parents=False)
 
 
 def append_results(run_dir: Path, rows: Iterable[Row]) -> None:
-    """Appends rows to `results.jsonl`.
+    """Appends rows to `results.jsonl`, to which other processes may append at the same time.
 
     Raises:
-      UserError: no space or no permission.
+      UserError: no space or no permission, or the run directory has vanished.
     """
     with storage_errors("append to results.jsonl", run_dir):
-        run_dir.mkdir(parents=True, exist_ok=True)
-        with (run_dir / "results.jsonl").open("a+b") as file:
-            # A line that a kill has cut short would swallow the next one.
-            file.seek(0)
-            content = file.read()
-            file.truncate(content.rfind(b"\n") + 1)
-        append_text(run_dir / "results.jsonl", _lines(rows))
+        append_text(run_dir / "results.jsonl", _lines(rows), shared=True)

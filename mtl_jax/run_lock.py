@@ -8,7 +8,6 @@ the lock says nothing of first watches whether it is still touched. No clocks ar
 
 import contextlib
 import datetime
-import errno
 import fcntl
 import json
 import os
@@ -19,12 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from mtl_jax.errors import UserError
-from mtl_jax.storage import storage_errors
+from mtl_jax.storage import NO_LOCKS, storage_errors
 
 NAME = "lock"
 BEAT_SECONDS = 5.0
 WATCHED_BEATS = 4  # a holder that was slow for three of them is not taken for dead
-_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 
 
 class RunLock:
@@ -68,7 +66,7 @@ class RunLock:
         except BlockingIOError:
             self._refuse(_holder(self._path))
         except OSError as error:
-            if error.errno not in _NO_LOCKS:
+            if error.errno not in NO_LOCKS:
                 raise
             locked = False  # so that only the beats protect it
         holder = _holder(self._path)

@@ -23,7 +23,7 @@ def start_state(session: build.Session) -> step.TrainState:
         return session.fresh_state()
     checkpointer, number = build.open_checkpoint(cfg.restore_from)
     with checkpointer:
-        number = checkpointer.latest() if number is None else number
+        number = processes.from_primary(checkpointer.latest()) if number is None else number
         meta = checkpointer.meta(number)
         place = f"{cfg.restore_from} at step {number:,}"
         # Sharing may start from a plain T5; all else is taken as it is.

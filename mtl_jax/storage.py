@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import functools
 import json
 import logging
@@ -23,8 +24,13 @@ _NUMBER_IN_TEXT = re.compile(r"os_error_code='(\d+)'|\[OS error (\d+)")
 _TRANSIENT = {
     *(errno.EIO, errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.ESTALE, errno.ETIMEDOUT),
     *(errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ECONNRESET, errno.ENOLCK, errno.EREMOTEIO),
+    *(errno.EMFILE, errno.ENFILE),  # too many open files
 }
-RETRY_SECONDS = (0.5, 2.0, 8.0)  # before the second, third and fourth try of a write
+_NOT_THERE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR}
+# What `flock` says where there are no locks.
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
+RETRY_SECONDS = (0.5, 2.0, 8.0)  # before the second, third and fourth try
+_SHARED_TRIES = 10
 PLACE = ".place"
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -49,10 +55,18 @@ def said(error: BaseException, status: str) -> bool:
     return any(status in str(cause) for cause in causes(error))
 
 
-def refused(error: BaseException) -> bool:
-    """Whether there is no permission, by the error or a cause of it."""
-    return any(isinstance(cause, PermissionError) for cause in causes(error)) or said(
-        error, "PERMISSION_DENIED"
+def withheld(error: BaseException) -> bool:
+    """Whether the storage refused to read, so that what lies there may be sound.
+
+    No permission, a failing device, a network that does not answer; not: a file that is missing, or
+    that is something else.
+    """
+    number = _number(error)
+    if number is not None:
+        return number not in _NOT_THERE
+    kinds = PermissionError | TimeoutError | ConnectionError
+    return any(isinstance(cause, kinds) for cause in causes(error)) or any(
+        said(error, status) for status in ("PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
     )
 
 
@@ -61,44 +75,45 @@ def transient(error: BaseException) -> bool:
     return _number(error) in _TRANSIENT
 
 
-def retried(action: str, write: Callable[[], _T]) -> _T:
-    """Returns `write()`; tries again after `RETRY_SECONDS` where the storage fails for a moment.
+def retried(action: str, act: Callable[[], _T]) -> _T:
+    """Returns `act()`; tries again after `RETRY_SECONDS` where the storage fails for a moment.
 
     Args:
       action: what is being tried, for the warning.
-      write: may be called several times.
+      act: reads or writes; may be called several times.
 
     Raises:
-      OSError: of the last try, or at once where waiting cannot help.
+      Exception: of the last try, or at once where waiting cannot help.
     """
     for seconds in RETRY_SECONDS:
         try:
-            return write()
-        except OSError as error:
+            return act()
+        except Exception as error:  # tensorstore gives the system's refusal as a ValueError
             if not transient(error):
                 raise
-            _log.warning("could not %s (%s): trying again in %g s", action, error, seconds)
-            time.sleep(seconds)
-    return write()
+            told = first_line(error)
+            _log.warning("could not %s (%s): trying again in %g s", action, told, seconds)
+        time.sleep(seconds)  # here, where the error and what its frames hold are gone
+    return act()
 
 
-def append_text(path: Path, text: str) -> None:
+def append_text(path: Path, text: str, *, shared: bool = False) -> None:
     """Appends lines to a file, which is made if its folder is there; all of them or nothing.
 
     What is written is never doubled. A half line at the end, left by a kill, is cut off first:
     `read_jsonl` does not count it either, and the next line would join it.
 
     Args:
-      path: the file, which no other process writes to.
+      path: the file.
       text: whole lines.
+      shared: other processes append to it, too, one after the other where the storage has locks.
+        Otherwise this one is alone.
 
     Raises:
       OSError: the file could not be written, or its folder is gone.
     """
     action, rest = f"write {path.name}", text.encode("utf-8")
-    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
-    descriptor = retried(action, lambda: os.open(path, flags, 0o666))
-    try:
+    with _opened(path, shared=shared) as descriptor:
         size = os.fstat(descriptor).st_size
         if size and os.pread(descriptor, 1, size - 1) != b"\n":
             size = path.read_bytes().rfind(b"\n") + 1
@@ -110,8 +125,41 @@ def append_text(path: Path, text: str) -> None:
             with contextlib.suppress(OSError):  # then the next one cuts it off
                 os.ftruncate(descriptor, size)
             raise
-    finally:
-        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _opened(path: Path, *, shared: bool) -> Iterator[int]:
+    """A descriptor to append to a file by; `shared`: nobody else has one that is so, meanwhile."""
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
+    for turn in range(1, _SHARED_TRIES + 1):
+        descriptor = retried(f"open {path.name}", lambda: os.open(path, flags, 0o666))
+        try:
+            locked = shared and _lock(descriptor)
+            # Whoever had the lock may have put another file in its place. Not for ever, as a
+            # mounted bucket may number the same file anew.
+            if not locked or _is_at(descriptor, path) or turn == _SHARED_TRIES:
+                yield descriptor
+                return
+        finally:
+            os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    """Waits for the lock of a file, which closing it undoes; False: there are no locks here."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        return False
+    return True
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def replace_text(target: Path, text: str, *, parents: bool = True) -> None:
@@ -182,14 +230,14 @@ class Place:
 
     def _read(self) -> str:
         try:
-            return self._file.read_text(encoding="utf-8")
+            return retried(f"read {PLACE}", lambda: self._file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return ""
 
 
 def _disk_number(folder: Path) -> tuple[int, int] | None:
     try:
-        found = folder.stat()
+        found = retried(f"look at {folder.name}", folder.stat)
     except FileNotFoundError:
         return None
     return found.st_dev, found.st_ino
@@ -248,11 +296,12 @@ def truncate_jsonl(path: Path, last_step: int) -> None:
     """
     if not path.exists():
         return
-    kept = [row for row in read_jsonl(path) if row.get("step", 0) <= last_step]
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
-    if text != path.read_text(encoding="utf-8"):
-        with storage_errors(f"write {path.name}", path.parent):
-            replace_text(path, text)
+    # Nobody appends to what is about to be replaced.
+    with storage_errors(f"write {path.name}", path.parent), _opened(path, shared=True):
+        kept = [row for row in read_jsonl(path) if row.get("step", 0) <= last_step]
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
+        if text != path.read_text(encoding="utf-8"):
+            replace_text(path, text, parents=False)
 
 
 def _number(error: BaseException) -> int | None:
@@ -282,4 +331,5 @@ def _reason(error: BaseException, path: Path) -> str | None:
         return "no permission there"
     if number is not None:
         return os.strerror(number)
-    return next((str(cause) for cause in causes(error) if isinstance(cause, OSError)), None)
+    of_system = (cause for cause in causes(error) if isinstance(cause, OSError))
+    return next((str(cause) or type(cause).__name__ for cause in of_system), None)

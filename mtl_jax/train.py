@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -201,14 +201,16 @@ class Training:
         self.state = None  # there need not be room for both
         with self.ledger("checkpoint"):
             checkpointer.wait()
-            number = guard.target(bad, checkpointer.steps())
-            if number is None:
+            found = sound(self.session, checkpointer, lambda left: guard.target(bad, left))
+            if found is None:
                 self.state = starting.start_state(self.session)
                 guard.restore({})
             else:
-                self.state, position, _ = checkpointer.restore(number, self.session.abstract_state)
-                guard.restore(position)
-                checkpointer.set_aside([step for step in checkpointer.steps() if step > number])
+                self.state = found.state
+                guard.restore(found.position)
+                put_aside(found, checkpointer, guard)
+                later = [step for step in checkpointer.steps() if step > found.number]
+                checkpointer.set_aside(later)
         guard.roll_backs = count
         first = int(self.state.step)
         self.stream.restore(bad.batch.state)
@@ -230,32 +232,74 @@ def continued(
 ) -> step.TrainState | None:
     """The state of the run's newest sound checkpoint, stream and guard as then; None: a fresh run.
 
-    Damaged ones that are newer are set aside. Where all are damaged nothing is moved: a run shall
-    not begin anew unasked.
+    Damaged ones that are newer are set aside.
 
     Raises:
-      UserError: no checkpoint is sound, or it is of another model.
+      UserError: as `sound`.
     """
+    found = sound(session, checkpointer, lambda left: max(left, default=None))
+    if found is None:
+        return None
+    stream.restore(found.position)
+    guard.restore(found.position)
+    put_aside(found, checkpointer, guard)
+    say(f"Continuing from step {found.number:,} in {session.run.path}")
+    return found.state
+
+
+@dataclasses.dataclass
+class Sound:
+    """A sound checkpoint that was read, and the damaged ones that were tried before."""
+
+    number: int
+    state: step.TrainState
+    position: Mapping[str, Any]
+    damaged: list[tuple[int, DamagedCheckpoint]]
+
+
+def sound(
+    session: build.Session,
+    checkpointer: Checkpointer,
+    wanted: Callable[[list[int]], int | None],
+) -> Sound | None:
+    """Reads the checkpoint of the run that is wanted, or where it is damaged the next one.
+
+    Args:
+      session: of the run.
+      checkpointer: of its checkpoints.
+      wanted: of the steps that there are and were not tried, the one to try; None: there is none.
+
+    Returns:
+      None where there is no checkpoint. Nothing is moved: see `put_aside`.
+
+    Raises:
+      UserError: none is sound, for a run shall not begin anew unasked; or it is of another model,
+        or the storage fails.
+    """
+    # One list for all: storage may not show every process the newest ones yet.
+    left = processes.from_primary(checkpointer.steps())
     damaged: list[tuple[int, DamagedCheckpoint]] = []
-    for number in reversed(checkpointer.steps()):
+    while (number := wanted(left)) is not None:
         try:
             checkpointer.verify(number)
             session.check_model(checkpointer.meta(number), session.run.checkpoints / str(number))
             state, position, _ = checkpointer.restore(number, session.abstract_state)
         except DamagedCheckpoint as error:
             damaged.append((number, error))
+            left.remove(number)
             continue
-        stream.restore(position)
-        guard.restore(position)
-        if damaged:
-            aside = checkpointer.set_aside([bad for bad, _ in damaged])
-            for bad, why in damaged:
-                guard.tell(bad, "damaged", f"{why} It was moved to {aside}.")
-        say(f"Continuing from step {number:,} in {session.run.path}")
-        return state
+        return Sound(number, state, position, damaged)
     if damaged:
         raise damaged[0][1]
     return None
+
+
+def put_aside(found: Sound, checkpointer: Checkpointer, guard: Guard) -> None:
+    """Moves the damaged checkpoints out of the way, and tells so."""
+    if found.damaged:
+        aside = checkpointer.set_aside([number for number, _ in found.damaged])
+        for number, why in found.damaged:
+            guard.tell(number, "damaged", f"{why} It was moved to {aside}.")
 
 
 def due(number: int, every: int) -> bool:

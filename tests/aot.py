@@ -42,7 +42,7 @@ def missing(target: str) -> str:
         try:
             importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            return f'compiling for {target} needs {name}: pip install .[aot]'
+            return f"compiling for {target} needs {name}: pip install .[aot]"
     return ""
 
 

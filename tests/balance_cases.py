@@ -37,6 +37,9 @@ def gradients(family, tasks, seed, size=20):
             return rows * 10.0 ** rng.uniform(-1, 1, (tasks, 1))
         case "scaled":  # norms between 1e-6 and 1e6
             return rows * 10.0 ** rng.uniform(-6, 6, (tasks, 1))
+        case "wide":  # norms from 1e-3 to 1e3, evenly in their logarithms
+            units = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+            return units * 10.0 ** rng.permutation(np.linspace(-3, 3, tasks))[:, None]
         case "conflict":  # cosines of about -0.7
             return 0.3 * rows + opposed
         case "opposed":  # cosines down to -0.998
@@ -90,3 +93,8 @@ def far(found_P, expected_P, jacobian_TP):
     """
     mean = np.linalg.norm(jacobian_TP.mean(axis=0))
     return np.linalg.norm(found_P - expected_P) / max(mean, np.linalg.norm(expected_P))
+
+
+def off(found_P, expected_P):
+    """Distance of two combined gradients in lengths of the second, however short it is."""
+    return np.linalg.norm(found_P - expected_P) / np.linalg.norm(expected_P)

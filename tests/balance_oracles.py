@@ -5,8 +5,6 @@
 otherwise.
 """
 
-import itertools
-
 import numpy as np
 import scipy.optimize
 
@@ -43,36 +41,17 @@ def gradvac(jacobian_TP, phi_TT, order_TT, beta):
     return total, phi_TT
 
 
-def _combine_to_zero(rows_TP):
-    """Whether a convex combination of the rows is zero, by linear programming."""
-    equations = np.vstack([rows_TP.T, np.ones(len(rows_TP))])
-    right = np.append(np.zeros(rows_TP.shape[1]), 1.0)
-    return scipy.optimize.linprog(np.zeros(len(rows_TP)), A_eq=equations, b_eq=right).success
-
-
 def mgda(jacobian_TP):
-    """Desideri 2012: the shortest of the shortest vectors of all faces of the hull.
+    """Desideri 2012: the shortest vector of the hull, by Lawson and Hanson's active sets.
 
-    The shortest vector of the affine hull of a face is J'w with JJ'w equal in all components. A
-    face whose gradients depend on each other has it in a smaller one, too, unless it is zero.
+    Where the weights sum to s it is s times as long, so the y >= 0 that makes `|y|^2 + (1 - s)^2`
+    smallest points to it. Found for unit vectors, as norms may differ by orders of magnitude.
     """
-    tasks = range(len(jacobian_TP))
-    units = jacobian_TP / np.linalg.norm(jacobian_TP, axis=1, keepdims=True)
-    if _combine_to_zero(units):
-        return np.zeros(jacobian_TP.shape[1])
-    best = None
-    for size in range(1, len(jacobian_TP) + 1):
-        for face in itertools.combinations(tasks, size):
-            rows = jacobian_TP[list(face)]
-            norms = np.linalg.norm(rows, axis=1)
-            cosines = (rows / norms[:, None]) @ (rows / norms[:, None]).T
-            if np.linalg.cond(cosines) > 1e12:
-                continue
-            w = np.linalg.solve(cosines, norms.min() / norms) / norms
-            w = w / w.sum()
-            if w.min() >= 0 and (best is None or np.linalg.norm(w @ rows) < np.linalg.norm(best)):
-                best = w @ rows
-    return best
+    norms = np.linalg.norm(jacobian_TP, axis=1)
+    units, inverse = jacobian_TP / norms[:, None], norms.min() / norms
+    system = np.vstack([units.T, inverse])
+    y = scipy.optimize.nnls(system, np.eye(len(system))[-1])[0]
+    return y @ units * norms.min() / (y @ inverse)
 
 
 def upgrad(jacobian_TP):

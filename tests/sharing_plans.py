@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtl_jax import incremental, model, patterns
+from mtl_jax import incremental, model, objective, optim, patterns, step
+from mtl_jax.packing import Example, Rows
 from mtl_jax.sharing import tree
+from mtl_jax.sharing.bank import owner_of
 from mtl_jax.sharing.embeddings import prompt_ids
 from mtl_jax.sharing.plan import SharingPlan, make_plan
 from mtl_jax.sharing.sharing_config import (
@@ -64,10 +66,24 @@ ROOMS = {
     ),
 }
 
+# What "everything" cannot have at the same time: LoRA that tasks own, on layers that they own, too.
+OWNED = Rooms(
+    SharingConfig(
+        clusters=CLUSTERS,
+        levels=(("decoder", "task", 1, 2),),
+        copies=(("encoder/relpos_bias/.*", "cluster"),),
+        soft_penalty=0.5,
+    ),
+    LoraConfig(rank=2, alpha=4.0, patterns=(".*attention/.*/kernel",)),
+    experts=ExpertsConfig(number=3, top_k=2, stacks=("encoder",), balance_weight=0.1),
+    adversary=AdversaryConfig(weight=0.1, hidden_dim=0),
+)
+
 
 @functools.cache
-def plan(name: str) -> SharingPlan:
-    return make_plan(ROOMS[name], NAMES, golden.config("1.1"))
+def plan(name: str, **changes: int) -> SharingPlan:
+    """The plan of `ROOMS`, or "owned", over the golden T5 with these changes."""
+    return make_plan((ROOMS | {"owned": OWNED})[name], NAMES, golden.config("1.1", **changes))
 
 
 @functools.cache
@@ -126,7 +142,8 @@ def _loss(logits_BTV: jax.Array, batch: dict) -> jax.Array:
 def with_prompt(batch: dict, ids: tuple[int, ...]) -> dict:
     """The batch with these tokens in front of every input."""
     rows = len(batch["encoder_input_tokens"])
-    front = {"encoder_input_tokens": ids, "encoder_segment_ids": (1,) * len(ids)}
+    ones = (1,) * len(ids)
+    front = dict(encoder_input_tokens=ids, encoder_segment_ids=ones, encoder_task_ids=ones)
     return batch | {
         name: np.concatenate([np.tile(np.array(x, np.int32), (rows, 1)), batch[name]], axis=1)
         for name, x in front.items()
@@ -148,6 +165,69 @@ def _compiled_gradient(plan: SharingPlan):
 def gradient(plan: SharingPlan, params: dict, task: int) -> dict:
     """See `gradient_function`; compiled once for a plan."""
     return _compiled_gradient(plan)(params, jnp.int32(task))
+
+
+# ---------------------------------------------------------------------------------------------
+# The train step
+# ---------------------------------------------------------------------------------------------
+
+
+def task_batch(plan: SharingPlan, tasks: tuple[int, ...], rows: int = 8, seed: int = 0) -> dict:
+    """Two packed examples a row, with the plan's prompt; row r is of `tasks[r % len(tasks)]`.
+
+    So as many microbatches as there are `tasks` hold one task each.
+    """
+    random, prompt = np.random.RandomState(seed), np.array(prompt_ids(plan), np.int32)
+    made = []
+    for row in range(rows):
+        packed = Rows(1, 16, 8, pack=True)
+        for _ in range(2):
+            inputs, targets = (
+                random.randint(1, plan.base.vocab_size - len(prompt), random.randint(1, 5))
+                for _ in ("inputs", "targets")
+            )
+            example = Example(tasks[row % len(tasks)], np.append(prompt, inputs), targets)
+            assert packed.place(example)
+        made.append(packed.arrays())
+    return {name: np.concatenate([x[name] for x in made]) for name in made[0]}
+
+
+def midway(plan: SharingPlan, optimizer_cfg: optim.OptimizerConfig) -> step.TrainState:
+    """As in the middle of a run: no moment is zero, so that momentum and decay move all."""
+    params, random = perturbed(plan), np.random.RandomState(7)
+
+    def moved(leaf: jax.Array) -> jax.Array:
+        if leaf.ndim == 0:
+            return jnp.full_like(leaf, 1000)  # updates done
+        none = leaf.shape == (1,)  # of Adafactor, where a moment does not apply
+        return leaf if none else jnp.asarray(0.01 * (0.5 + random.rand(*leaf.shape)), leaf.dtype)
+
+    opt_state = jax.tree.map(moved, optim.make_optimizer(optimizer_cfg).init(params))
+    return step.TrainState(jnp.int32(1000), params, opt_state)
+
+
+def train_step(plan: SharingPlan, optimizer_cfg: optim.OptimizerConfig, microbatches: int):
+    """(state, batch, key) -> (state after one update, metrics), not compiled."""
+    fixed = plan.model_config, objective.StepConfig(microbatches), optimizer_cfg, len(plan.names)
+    return functools.partial(step.train_step, *fixed, plan=plan)
+
+
+def moved_entries(plan: SharingPlan, before: step.TrainState, after: step.TrainState) -> dict:
+    """Which entries [E] of tasks' and clusters' banks an update has moved, by (path, owner).
+
+    Of parameters and of the optimizer's state of them. Entries that have not moved are the same bit
+    by bit.
+    """
+    found = {}
+    pairs = zip(jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after), strict=True)
+    for (path, old), new in pairs:
+        keys = tuple(str(getattr(entry, "key", getattr(entry, "name", ""))) for entry in path)
+        owner = owner_of(keys)
+        if owner in ("task", "cluster") and old.shape != (1,):
+            assert old.shape[0] == plan.entries(owner), keys
+            different = np.asarray(old).view(np.int32) != np.asarray(new).view(np.int32)
+            found["/".join(keys), owner] = different.reshape(len(different), -1).any(axis=1)
+    return found
 
 
 def plain_gradient(cfg: model.T5Config, params: dict) -> dict:

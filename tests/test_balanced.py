@@ -24,8 +24,12 @@ from mtl_jax import loss, model, objective, patterns, step
 from mtl_jax.balance import groups, task_gradients
 from mtl_jax.balance.balance_config import BalanceConfig
 from mtl_jax.balance.balancer import make_balancer
-from mtl_jax.balance.method import METHODS, Method
+from mtl_jax.balance.famo import FAMO
+from mtl_jax.balance.method import GRAM, METHODS, Method
+from mtl_jax.balance.weighting import StaticWeights, TransferObjective
 from mtl_jax.balanced import Problem
+from mtl_jax.checkpoint import Checkpointer
+from mtl_jax.errors import UserError
 
 
 def gradients_of(chosen, rows, settings=SETTINGS, state=None):
@@ -207,29 +211,38 @@ def test_static_weights_weigh_tokens():
 
 
 @pytest.mark.parametrize(
-    "name",
+    "method",
     [
-        pytest.param(
-            name, marks=() if name in ("PCGrad", "UncertaintyWeights") else pytest.mark.slow
-        )
-        for name in sorted(METHODS.keys() - {"TransferObjective"})  # it needs two
+        *(METHODS[name]() for name in sorted(METHODS)),
+        # Fields that are mistakes where there is something to share.
+        StaticWeights({"a": 0.0}),
+        StaticWeights({"another": 2.0, "none_*": 3.0}),
+        FAMO(lower_bound={"another": 1.0}),
+        TransferObjective(source=["a"], target=["another"]),
+        TransferObjective(source=["a"], target=["a"]),
     ],
+    ids=repr,
 )
-def test_with_one_task_every_method_is_plain_training_bit_for_bit(name):
-    chosen = balancer(name, names=("a",))
-    assert chosen.method is None
-    assert chosen.init() == ()
-    assert not chosen.wants_blocks
-    # What is traced is the very program of plain training.
-    rows = batch(tasks=(1, 1, 1, 1))
-    settings = objective.StepConfig()
-    programs = [
-        jax.jit(functools.partial(step.train_step, CFG, settings, ADAMW, 1, balancer=b))
-        .lower(initial(b), rows, KEY)
-        .as_text()
-        for b in (chosen, balancer(names=("a",)))
-    ]
-    assert programs[0] == programs[1]
+def test_with_one_task_every_method_is_plain_training(method):
+    """What a step is traced with is the same, so that nothing can differ by a bit."""
+    options = {"follow_rates": True}
+    if GRAM in method.needs:
+        options |= {"groups": "layer", "task_gradients": "sketch", "every_n_steps": 3}
+    name = type(method).__name__
+    alone = make_balancer(BalanceConfig(method=name, **options), method, ("a",), CFG)
+    assert alone == balancer(names=("a",))
+    assert alone.method is None
+    assert alone.init() == ()
+    # Two tasks that count as one are nothing to share either.
+    cfg = BalanceConfig(method=name, by="family")
+    together = make_balancer(cfg, method, ("a", "a"), CFG)
+    assert together == make_balancer(BalanceConfig(by="family"), None, ("a", "a"), CFG)
+
+
+def test_with_two_tasks_the_same_fields_are_mistakes():
+    for method in (TransferObjective(), StaticWeights({"*": 0.0}), StaticWeights({"none_*": 1.0})):
+        with pytest.raises(UserError, match=type(method).__name__):
+            balancer(method, names=("a", "b"))
 
 
 @pytest.mark.slow
@@ -264,18 +277,29 @@ def test_reductions(reduction):
         np.testing.assert_allclose(grad, other, rtol=2e-4, atol=2e-6, err_msg=path)
 
 
-def test_weights_hold_between_two_solutions():
+def test_weights_hold_between_two_solutions(tmp_path):
+    """And are part of a checkpoint: what goes on from one does so bit for bit."""
     chosen = balancer("MGDA", every_n_steps=2)
     update = jax.jit(stepper(chosen))
-    state = initial(chosen)
-    state, first = update(state, batch(), KEY)
+    state, first = update(initial(chosen), batch(), KEY)
+    with Checkpointer(tmp_path / "checkpoints") as checkpointer:
+        checkpointer.save(1, state, {}, {})
+        checkpointer.wait()
+        again = checkpointer.restore(1, jax.eval_shape(lambda: initial(chosen)))[0]
+    held = np.asarray(first["balance_weight"][0])
+    assert np.ptp(held) > 1e-2  # not what a fresh state has
     # Task 1 is absent now: its weight is kept for when it is back.
-    state, second = update(state, batch(tasks=(2, 2, 3, 3), seed=1), KEY)
+    later = (batch(tasks=(2, 2, 3, 3), seed=1), batch(seed=2))
+    told = []
+    for rows in later:
+        state, metrics = update(state, rows, KEY)
+        again, other = update(again, rows, KEY)
+        jax.tree.map(np.testing.assert_array_equal, (again, other), (state, metrics))
+        told.append(metrics)
+    second, third = told
     assert bool(first["gradients_seen"])
     assert not bool(second["gradients_seen"])
-    held = np.asarray(first["balance_weight"][0])
     np.testing.assert_array_equal(second["balance_weight"][0], held * [0.0, 1.0, 1.0])
-    state, third = update(state, batch(seed=2), KEY)
     assert bool(third["gradients_seen"])
     assert np.abs(third["balance_weight"][0] - held).max() > 1e-4
 
@@ -381,12 +405,11 @@ def test_losses_are_known_before_the_weights_and_after_the_update(parts):
     np.testing.assert_allclose(metrics["balance_weight"][0], before / np.sum(before), rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["PCGrad", "DWA"])
-def test_an_absent_task_is_as_if_there_were_none(name):
-    """Three tasks without the third are two tasks, in weights and in the update."""
+def test_an_absent_task_is_as_if_there_were_none():
+    """In weights and in the update. Every method, over steps: test_balanced_absent.py."""
     rows = batch(tasks=(1, 2, 1, 2))
     found, expected = (
-        gradients_of(balancer(name, names=names), rows) for names in (NAMES, NAMES[:2])
+        gradients_of(balancer("DWA", names=names), rows) for names in (NAMES, NAMES[:2])
     )
     np.testing.assert_allclose(
         found[3]["balance_weight"][:, :2], expected[3]["balance_weight"], rtol=1e-5

@@ -1,16 +1,37 @@
 """The train step under methods on eight devices, and continued from a checkpoint."""
 
+import dataclasses
 import functools
 
 import jax
 import numpy as np
 import pytest
-from balanced_steps import AXES, CFG, KEY, PARAMS, balancer, batch, initial, stepper
+from balanced_steps import (
+    AXES,
+    CFG,
+    EVERY_METHOD,
+    FROZEN,
+    KEY,
+    OF_GRADIENTS,
+    SETTINGS,
+    balancer,
+    batch,
+    initial,
+    of_one,
+    opposed,
+    stepper,
+    working,
+)
 
-from mtl_jax import model, sharding
+from mtl_jax import config, model, objective, optim, patterns, sharding
 from mtl_jax.balance.method import GRAM, METHODS
 from mtl_jax.checkpoint import Checkpointer
 from mtl_jax.sharding import MeshConfig
+
+# With an epsilon beyond all gradients AdamW's step is as good as linear in them.
+LINEAR = optim.OptimizerConfig(
+    name="adamw", schedule="constant", learning_rate=30.0, epsilon=1e3, beta1=0.0
+)
 
 
 def run(chosen, layout, steps=2, axes=AXES):
@@ -19,7 +40,7 @@ def run(chosen, layout, steps=2, axes=AXES):
     state = initial(chosen)
     shapes = jax.eval_shape(lambda: initial(chosen))
     places = sharding.state_shardings(mesh, model.param_axes(CFG), shapes)
-    reference = jax.tree.map(lambda x: x * 0.9, PARAMS) if chosen.needs("reference") else None
+    reference = FROZEN if chosen.needs("reference") else None
     found = []
     with sharding.on_mesh(mesh):
         everywhere = sharding.replicated(mesh)
@@ -40,17 +61,22 @@ def on_one_device(name, values):
     return run(balancer(name, axes=AXES, **dict(values)), (1, 1, 1))
 
 
-LAYOUTS = ((1, 8, 1), (2, 2, 2))
+SHARDED, MIXED = (1, 8, 1), (2, 2, 2)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize(
-    ("name", "values"),
+    ("name", "values", "layout"),
     [
-        pytest.param("CAGrad", {"affinity_every": 1}, id="microbatch"),
-        pytest.param("PCGrad", {"groups": "layer", "task_gradients": "sketch"}, id="sketch"),
-        pytest.param("MGDA", {"task_gradients": "vmap"}, id="vmap"),
+        pytest.param("CAGrad", {"affinity_every": 1}, MIXED, id="affinity"),
+        *(
+            pytest.param(name, values | {"task_gradients": how}, layout, id=f"{how}-{layout}")
+            for name, values, how in (
+                ("PCGrad", {"groups": "layer"}, "sketch"),
+                ("MGDA", {}, "vmap"),
+            )
+            for layout in (SHARDED, MIXED)
+        ),
     ],
 )
 def test_every_layout_gives_the_numbers_of_one_device(name, values, layout):
@@ -65,6 +91,62 @@ def test_every_layout_gives_the_numbers_of_one_device(name, values, layout):
         for s in (state, single)
     )
     np.testing.assert_allclose(total, other, rtol=1e-5)
+
+
+PRESETS = ("dp", "fsdp", "tp", "fsdp_tp")
+
+
+@functools.cache
+def compiled(methods, preset):
+    """On the mesh of a file of gin/mesh: a step of all methods in one, and what it starts from.
+
+    Heads can be split over two devices, so those are all that "tp" has. No preset: one device.
+    """
+    count = {None: 1, "tp": CFG.num_heads}.get(preset, jax.device_count())
+    values = config.load([f"gin/mesh/{preset}.gin"]).mesh if preset else MeshConfig()
+    mesh = sharding.make_mesh(values, jax.devices()[:count])
+    sharding.validate(mesh, CFG, 32, 4)
+    chosen = of_one(methods, axes=AXES)
+    # Methods of losses: in one pass, from whose losses their weights are made.
+    settings = SETTINGS if methods is OF_GRADIENTS else objective.StepConfig(z_loss=1e-3)
+    state = initial(chosen, opposed(), LINEAR)
+    places = sharding.state_shardings(mesh, model.param_axes(CFG), jax.eval_shape(lambda: state))
+    everywhere = sharding.replicated(mesh)
+    given = jax.device_put((KEY, FROZEN), (everywhere, places.params))
+    update = jax.jit(stepper(chosen, settings, LINEAR), out_shardings=(places, everywhere))
+    return update, mesh, jax.device_put(state, places), given
+
+
+@functools.cache
+def updates(methods, name, preset):
+    """What two steps under a method add to each parameter, by path, and its weights."""
+    update, mesh, start, (key, reference) = compiled(methods, preset)
+    state = dataclasses.replace(start, balance=working(start.balance, methods, name))
+    weights = []
+    with sharding.on_mesh(mesh):
+        for number in range(2):
+            rows = sharding.put_batch(mesh, batch(seed=number, rows=32, targets=(1, 2, 3, 2)))
+            state, told = update(state, rows, key, reference)
+            weights.append(np.asarray(told["balance_weight"]))
+    found = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), state.params, start.params)
+    return patterns.by_path(found), np.concatenate(weights)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(("methods", "name"), EVERY_METHOD)
+def test_every_update_is_that_of_one_device(methods, name, preset):
+    """Parameter by parameter, under every preset.
+
+    2e-4 of an update: it is the difference of parameters that are a hundred times larger.
+    """
+    found, weights = updates(methods, name, preset)
+    expected, expected_weights = updates(methods, name, None)
+    np.testing.assert_allclose(weights, expected_weights, rtol=1e-5, atol=1e-6)
+    for path, update in found.items():
+        difference = np.linalg.norm(update - expected[path])
+        assert np.linalg.norm(expected[path]) > 0, path
+        assert difference < 2e-4 * np.linalg.norm(expected[path]), path
 
 
 def test_slots_lie_as_their_parameters():
@@ -99,7 +181,7 @@ def test_every_method_resumes_exactly_and_runs_on_eight_devices(name, tmp_path):
     needs_gram = GRAM in METHODS[name].needs
     chosen = balancer(name, axes=AXES, **({"rescale": "mean_norm"} if needs_gram else {}))
     mesh = sharding.make_mesh(MeshConfig(2, 2, 2), jax.devices())
-    reference = jax.tree.map(lambda x: x * 0.9, PARAMS) if chosen.needs("reference") else None
+    reference = FROZEN if chosen.needs("reference") else None
     with sharding.on_mesh(mesh):
         shapes = jax.eval_shape(lambda: initial(chosen))
         places = sharding.state_shardings(mesh, model.param_axes(CFG), shapes)

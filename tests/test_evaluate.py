@@ -69,6 +69,8 @@ def _evaluator(batch_size=4, max_shapes=1):
 
 
 def _run(tasks, run_dir=None, step=7, **config):
+    if run_dir is not None:
+        run_dir.mkdir(exist_ok=True)
     with jax.default_matmul_precision("highest"):
         return _evaluator(**config).run(_model()[1], tasks, step, run_dir)
 
@@ -224,6 +226,7 @@ def test_sharded_rows_give_the_same_scores(tmp_path):
     evaluator = Evaluator(cfg, placement, EvalConfig(batch_size=8, max_shapes=1))
     with jax.default_matmul_precision("highest"):
         sharded_params = jax.device_put(params, everywhere)
+        (tmp_path / "sharded").mkdir()
         sharded = evaluator.run(sharded_params, [task], 7, tmp_path / "sharded")
     assert sharded == alone
     a, b = (_read(tmp_path / n / "predictions" / "rank_a.jsonl") for n in ("alone", "sharded"))

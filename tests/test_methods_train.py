@@ -1,5 +1,6 @@
 """Whole runs under methods through the command line: files, resumption, rates, mistakes."""
 
+import dataclasses
 import json
 
 import jax
@@ -7,8 +8,9 @@ import numpy as np
 import pytest
 from test_train import TASKS, assert_same, failure, flags, lines, losses, restored
 
-from mtl_jax import cli, config, report
+from mtl_jax import build, cli, config, report, step, task_info
 from mtl_jax.analysis import gradients
+from mtl_jax.checkpoint import Checkpointer
 
 # Eight devices and three tasks: three rows a device, one for each block.
 GRADNORM = {
@@ -116,7 +118,7 @@ def test_rates_follow_the_method_and_a_stopped_run_goes_on_with_them(tmp_path):
         "Checkpoint__every": 1,
         "Checkpoint__keep": 9,
     }
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    whole, stopped, fixed = (tmp_path / name for name in ("whole", "stopped", "fixed"))
     assert cli.main(flags(whole, **values)) == 0
     for steps in (4, 5, 8):
         assert cli.main(flags(stopped, **values, Run__steps=steps)) == 0
@@ -127,6 +129,65 @@ def test_rates_follow_the_method_and_a_stopped_run_goes_on_with_them(tmp_path):
     again = config.load([str(whole / "config.gin"), str(whole / "rates.gin")])
     assert dict(again.mixture.rates) == pytest.approx(rates)
     assert again.data.mixture == again.mixture.name == "found_rates"
+
+    # From each evaluation on the stream draws by the rates of the state at that step.
+    session = build.build(config.load([str(whole / "config.gin")]))
+    with Checkpointer(whole / "checkpoints", read_only=True) as checkpointer:
+        found = {n: checkpointer.restore(n, session.abstract_state)[:2] for n in (1, 2, 4, 5)}
+    assert "rates" not in found[1][1]
+    for number, evaluation in ((2, 2), (4, 4), (5, 4)):
+        of_state = session.rates(found[evaluation][0])
+        assert found[number][1]["rates"] == [of_state[task] for task in sorted(TASKS)]
+    assert found[2][1]["rates"] != found[4][1]["rates"]
+    # So other examples are drawn than without them, but for those until the first evaluation; those
+    # that wait for a row come first.
+    values |= {"Balance__follow_rates": False, "Run__steps": 4}
+    assert cli.main(flags(fixed, **values)) == 0
+    followed, not_followed = losses(whole), losses(fixed)
+    assert followed[:2] == not_followed[:2]
+    for row, what in ((2, "epochs"), (3, "epochs"), (3, "tokens")):
+        of_tasks = [[rows[row][f"{what}/{x}"] for x in TASKS] for rows in (followed, not_followed)]
+        assert of_tasks[0] != of_tasks[1]
+
+
+def test_the_rate_of_a_family_is_divided_as_the_mixture_divides_it(tmp_path, monkeypatch):
+    """Copy 1 and reverse 2 of one family, first of another; r = 1/2 and 1 in DWA."""
+    for task, family in zip(TASKS, ("order", "choice", "order"), strict=True):
+        about = dataclasses.replace(task_info.info(task), family=family)
+        monkeypatch.setitem(task_info._INFOS, task, about)
+    values = {"Balance__method": "DWA", "DWA__temperature": 1.0, "Balance__by": "family"}
+    argv = flags(tmp_path, **values)[1:]
+    session = build.build(config.load([], [word.removeprefix("--gin.") for word in argv]))
+    assert session.balancer.names == ("order", "choice")
+    balance = session.balancer.init()
+    twice = np.full(2, 2)
+    learned = dataclasses.replace(
+        balance.method, newer=np.array([1.0, 3.0]), older=np.array([2.0, 3.0]), windows=twice
+    )
+    state = step.TrainState(0, {}, (), dataclasses.replace(balance, method=learned))
+    order, choice = np.exp([0.5, 1.0]) / np.exp([0.5, 1.0]).sum()
+    assert session.rates(state) == pytest.approx(
+        {"tiny_copy": order / 3, "tiny_first": choice, "tiny_reverse": 2 * order / 3}, rel=1e-6
+    )
+
+
+@pytest.mark.slow
+def test_with_one_task_a_run_under_any_method_is_plain_training_bit_by_bit(tmp_path):
+    values = {"Data__mixture": "tiny_copy", "Run__steps": 3, "Eval__tasks": "()"}
+    arms = {
+        "": {},
+        "PCGrad": {"Balance__groups": "layer"},
+        "UncertaintyWeights": {"UncertaintyWeights__lr": 1.0},
+        "TransferObjective": {"TransferObjective__target": "('tiny_first',)"},
+    }
+    for method, more in arms.items():
+        given = values | more | {"Balance__method": f"{method!r}"}
+        assert cli.main(flags(tmp_path / f"run{method}", **given)) == 0
+    plain, *others = (tmp_path / f"run{method}" for method in arms)
+    assert len({row["loss"] for row in losses(plain)}) == 3
+    for other in others:
+        assert losses(other) == losses(plain)
+        assert_same(restored(other, 3), restored(plain, 3))
 
 
 @pytest.mark.parametrize(

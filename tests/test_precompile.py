@@ -2,6 +2,8 @@
 
 import dataclasses
 import shlex
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mtl_jax import (
+    build,
     cli,
     config,
     fitting,
@@ -329,3 +332,60 @@ def test_a_report_tells_what_does_not_fit_and_what_would():
         assert part in text
     none = precompile_report.text(report | {"suggestion": None})
     assert "neither do the 1 other" in none
+
+
+class State(NamedTuple):
+    params: Any
+    opt_state: Any
+
+
+def searched(monkeypatch, outcomes):
+    """What a search finds whose programs come out as in the list, one after the other.
+
+    Of a train step that does not fit; an outcome is an error, or whether it fits.
+    """
+    left = iter(outcomes)
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=4), jax.devices()[:4])
+    params = {"w": jax.ShapeDtypeStruct((1000, 1000), jnp.float32)}
+
+    def session(cfg, devices=None):
+        state = State(params, {"v": params["w"]})
+        return SimpleNamespace(config=cfg, mesh=mesh, abstract_state=state)
+
+    def compiled(session, name, topology):
+        outcome = next(left)
+        if isinstance(outcome, Exception):
+            raise outcome
+        needed = 2**30 if outcome else 2**40
+        return precompile.Program(name, 1.0, 1.0, needed, fits=outcome)
+
+    monkeypatch.setattr(precompile, "_compiled", compiled)
+    monkeypatch.setattr(build, "build", session)
+    found = [precompile.Program("train", 1.0, 1.0, 17 * 2**30, fits=False)]
+    return precompile._search(session(run()), "v5e:2x2", found, 4)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        jax.errors.JaxRuntimeError("INTERNAL: Mosaic failed to compile: bad layout\nand more"),
+        NotImplementedError("Mosaic failed to compile: bad layout"),
+    ],
+)
+def test_a_setting_that_does_not_compile_costs_the_search_that_setting_alone(monkeypatch, error):
+    found = searched(monkeypatch, [error, True])
+    failed, fitting_one = found["tried"]
+    assert failed["flags"] != fitting_one["flags"] == found["suggestion"]
+    assert (failed["fits"], fitting_one["fits"]) == (False, True)
+    (line,) = precompile._failures(found)
+    assert failed["flags"] in line
+    assert "train: " in line
+    assert line.endswith("Mosaic failed to compile: bad layout)")
+    assert not precompile._failures({"tried": [fitting_one]})
+    assert not precompile._failures({})  # where the run fits nothing is tried
+
+
+def test_a_search_that_only_fails_suggests_nothing(monkeypatch):
+    found = searched(monkeypatch, [ValueError("no")] * 4)
+    assert found["suggestion"] is None
+    assert len(precompile._failures(found)) == 4

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from mtl_jax import config, model, optim, precompile, sharding
+from mtl_jax import config, model, optim, precompile, sharding, targets
 from mtl_jax.sharding import MeshConfig
 
 pytestmark = pytest.mark.aot
@@ -98,7 +98,9 @@ def test_layers_sum_over_the_axis_tensor(small):
 
 def test_slices_of_a_data_centre_network_sum_their_gradients(tmp_path, small):
     """Two slices hold a copy of the model each: once a step all gradients go between them."""
-    flags = (*SMALL, "--slices=2", "--gin.Mesh.data=2", "--only=train")
+    # More tokens than words, in the decoder, too.
+    rows = "--gin.Data.batch_size=128"
+    flags = (*SMALL, "--slices=2", "--gin.Mesh.data=2", "--only=train", rows)
     status, found, text = precompiled(tmp_path, *flags)
     (program,) = found["programs"]
     assert (status, found["slices"]) == (0, 2)
@@ -109,7 +111,8 @@ def test_slices_of_a_data_centre_network_sum_their_gradients(tmp_path, small):
     # Every gradient once, shard by shard, in float32 or in part bfloat16.
     summed = between["between slices all-reduce"]["sent_bytes"]
     assert parameters / 2 <= summed <= 1.2 * parameters
-    # Rows of one slice that others need; no parameter, which all slices have.
+    # Neither a parameter, which all slices have, nor what the tokens of one slice are.
+    assert "between slices all-gather" not in between
     assert sum(row["sent_bytes"] for row in between.values()) - summed < parameters / 2
     assert parameters == small[1]["programs"][0]["memory"]["parameters"]
 
@@ -171,3 +174,110 @@ def test_what_does_not_fit_is_refused_with_values_that_do(tmp_path):
     last = found["tried"][-1]
     assert (last["flags"], last["fits"]) == (found["suggestion"], True)
     assert last["needed"] <= 60 * 2**20 < found["programs"][0]["needed"]
+
+
+# ---------------------------------------------------------------------------------------------
+# Other machines
+# ---------------------------------------------------------------------------------------------
+
+# Chips, memory and kind: Google Cloud TPU documentation of each kind, and its slice's torus.
+LARGE = {
+    "v4:4x4x8": (128, 32, "TPU v4"),
+    "v5e:16x16": (256, 16, "TPU v5 lite"),
+    "v5p:8x8x16": (1024, 95.74, "TPU v5"),
+    "v6e:16x16": (256, 32, "TPU v6 lite"),
+}
+MESHES = """
+import json, sys
+import numpy as np
+from mtl_jax import sharding, targets
+from mtl_jax.errors import UserError
+from mtl_jax.sharding import MeshConfig
+
+found = {}
+for name in sys.argv[1:]:
+    devices = targets.devices(name)
+    count = len(devices)
+    row = found[name] = {"count": count, "kinds": sorted({d.device_kind for d in devices})}
+    row["memory"] = round(targets.chip(name).memory / 2**30, 2)
+    row["coordinates"] = len({tuple(d.coords) for d in devices})
+    row["meshes"] = []
+    side = int(name.partition(":")[2].split("x")[0])  # of the torus
+    for cfg in (
+        *(MeshConfig(), MeshConfig(fsdp=count), MeshConfig(fsdp=count // side, tensor=side)),
+        *(MeshConfig(fsdp=3), MeshConfig(fsdp=count // 2, tensor=2)),
+    ):
+        try:
+            mesh = sharding.make_mesh(cfg, devices)
+        except UserError as error:
+            row["meshes"].append(str(error))
+        else:
+            ids = {device.id for device in mesh.devices.flat}
+            row["meshes"].append([list(mesh.shape.values()), len(ids)])
+print(json.dumps(found))
+"""
+
+
+def test_large_slices_are_described_and_divided_into_meshes():
+    """Nothing is compiled: what there is, and which meshes it can be."""
+    if reason := aot.missing("v5e:2x2"):
+        pytest.skip(reason)
+    environment = {name: v for name, v in os.environ.items() if name not in aot.NOT_INHERITED}
+    done = subprocess.run(
+        [sys.executable, "-c", MESHES, *LARGE],
+        env=environment | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    for name, (count, memory, kind) in LARGE.items():
+        row = found[name]
+        assert (row["count"], row["kinds"], row["memory"]) == (count, [kind], memory)
+        assert row["coordinates"] == count
+        side = int(name.partition(":")[2].split("x")[0])
+        *made, wrong, across = row["meshes"]
+        shapes = [count, 1, 1], [1, count, 1], [1, count // side, side]
+        assert made == [[shape, count] for shape in shapes]
+        assert f"fsdp 3 x tensor 1 does not fit {count} devices" in wrong
+        if kind == "TPU v5 lite":  # JAX takes its devices as they come
+            assert across == [[1, count // 2, 2], count]
+        else:
+            assert "cannot be laid over this torus" in across
+
+
+EACH_KIND = """
+import sys
+from mtl_jax import cli
+*flags, topologies = sys.argv[1:]
+for name in topologies.split(","):
+    path = f"--json={sys.argv[1]}/{name.partition(':')[0]}.json"
+    assert cli.main(["precompile", f"--topology={name}", path, *flags[1:]]) == 0, name
+"""
+
+
+def test_a_small_run_is_compiled_for_every_kind(tmp_path, small):
+    """In one process, as what it loads costs as much as it compiles."""
+    names = [name for name in aot.TPUS if not name.startswith("v5e")]
+    environment = {name: v for name, v in os.environ.items() if name not in aot.NOT_INHERITED}
+    flags = [*SMALL, "--only=train", f"--gin.Run.directory={tmp_path / 'run'}"]
+    done = subprocess.run(
+        [sys.executable, "-c", EACH_KIND, str(tmp_path), *flags, ",".join(names)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    theirs = small[1]["programs"][0]["memory"]
+    for name in names:
+        found = json.loads((tmp_path / f"{name.partition(':')[0]}.json").read_text())
+        (program,) = found["programs"]
+        assert (found["topology"], found["attention"]) == (name, "pallas_tpu")
+        assert found["fits"]
+        assert found["chip"]["memory"] == targets.chip(name).memory
+        assert program["kernels"] > 0
+        for part in ("parameters", "optimizer"):
+            assert program["memory"][part] == theirs[part]
+        assert name in done.stdout

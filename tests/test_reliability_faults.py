@@ -6,13 +6,16 @@ import logging
 import os
 import random
 import shutil
+import subprocess
+import sys
+import textwrap
 import threading
 import time
 
 import pytest
 from test_reliability import ABSTRACT, META, POSITION, make_state
 
-from mtl_jax import checksums, processes, run_lock, storage
+from mtl_jax import checksums, processes, results, run_lock, storage
 from mtl_jax.checkpoint import CheckpointConfig, Checkpointer, DamagedCheckpoint
 from mtl_jax.errors import UserError
 from mtl_jax.run_lock import RunLock
@@ -155,26 +158,34 @@ def one_of_two(monkeypatch):
     return handed
 
 
-def test_what_one_process_cannot_read_is_told_to_all(tmp_path, monkeypatch, one_of_two):
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES])
+def test_what_one_process_cannot_read_is_told_to_all(tmp_path, monkeypatch, one_of_two, number):
     """None may go on alone: the others wait for it where problems are exchanged."""
+    waits = []
+    monkeypatch.setattr(storage.time, "sleep", waits.append)
     with Checkpointer(tmp_path / "c") as checkpointer:
         checkpointer.save(1, make_state(1), POSITION, META, wait=True)
-        for number, kind in ((errno.EIO, DamagedCheckpoint), (errno.EACCES, UserError)):
 
-            def fail(*arguments, number=number):
-                raise OSError(number, os.strerror(number))
+        def fail(*arguments):
+            raise OSError(number, os.strerror(number))
 
-            monkeypatch.setattr(checksums, "problem", fail)
-            with pytest.raises(UserError, match=r"step 1") as caught:
+        with monkeypatch.context() as patch:
+            patch.setattr(checksums, "problem", fail)
+            with pytest.raises(UserError, match=r"not read the checkpoint of step 1") as caught:
+                checkpointer.verify(1)
+        assert type(caught.value) is UserError
+        ((told, refusal),) = one_of_two
+        assert os.strerror(number) in told
+        assert refusal == number
+        assert len(waits) == 3 * (number == errno.EIO)
+        # And what only another one cannot read.
+        for theirs, kind in (((told, number), UserError), (("a is missing", 0), DamagedCheckpoint)):
+            monkeypatch.setattr(processes, "gather", lambda value, told=theirs: [value, told])
+            with pytest.raises(UserError, match="step 1") as caught:
                 checkpointer.verify(1)
             assert type(caught.value) is kind
-            assert os.strerror(number) in one_of_two.pop()[0]
-            assert not one_of_two
-        # And what only another one cannot read.
-        monkeypatch.setattr(checksums, "problem", lambda *arguments: "")
-        monkeypatch.setattr(processes, "gather", lambda value: [value, ("OSError: bad", False)])
-        with pytest.raises(DamagedCheckpoint, match="OSError: bad"):
-            checkpointer.verify(1)
+        monkeypatch.setattr(processes, "gather", lambda value: [value, ("", 0)])
+        checkpointer.verify(1)
 
 
 def test_a_failed_save_ends_the_whole_job(tmp_path, monkeypatch, capsys, one_of_two):
@@ -263,3 +274,67 @@ def test_a_half_line_of_a_kill_does_not_join_the_next_one(tmp_path, before):
     path.write_text(f'{before}{{"step": 2, "ev')
     storage.append_text(path, '{"step": 3}\n')
     assert path.read_text() == f'{before}{{"step": 3}}\n'
+
+
+_WRITER = """
+    import os, pathlib, sys
+    from mtl_jax import storage
+    write = os.write
+    os.write = lambda descriptor, content: write(descriptor, content[:5])
+    print("ready", flush=True)
+    sys.stdin.readline()
+    for number in range(200):
+        storage.append_text(pathlib.Path(sys.argv[1]), f'{{"theirs": {number}}}\\n', shared=True)
+"""
+
+
+def test_lines_of_several_processes_are_neither_lost_nor_mixed(tmp_path, monkeypatch):
+    """An evaluation beside a training; the system takes a few bytes of a line at a time."""
+    program = textwrap.dedent(_WRITER)
+    path, pipes = tmp_path / "results.jsonl", {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    writer = subprocess.Popen([sys.executable, "-c", program, path], text=True, **pipes)
+    write = os.write
+    try:
+        assert writer.stdout.readline() == "ready\n"
+        monkeypatch.setattr(os, "write", lambda number, content: write(number, content[:7]))
+        writer.stdin.write("go\n")
+        writer.stdin.flush()
+        for number in range(200):
+            results.append_results(tmp_path, [{"ours": number, "step": 1}])
+            if number % 20 == 10:  # as a training does that goes on from a checkpoint
+                results.append_results(tmp_path, [{"ours": -1, "step": 3}])
+                storage.truncate_jsonl(path, 2)
+    finally:
+        monkeypatch.undo()
+        writer.communicate()
+    rows = storage.read_jsonl(path)
+    assert [row["ours"] for row in rows if "ours" in row] == list(range(200))
+    assert [row["theirs"] for row in rows if "theirs" in row] == list(range(200))
+
+
+def test_a_half_line_in_shared_results_is_cut_off(tmp_path):
+    (tmp_path / "results.jsonl").write_text('{"step": 1}\n{"st')
+    results.append_results(tmp_path, [{"step": 2}])
+    assert [row["step"] for row in storage.read_jsonl(tmp_path / "results.jsonl")] == [1, 2]
+
+
+def test_lines_are_shared_where_there_are_no_locks(tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    results.append_results(tmp_path, [{"step": 1}])
+    assert storage.read_jsonl(tmp_path / "results.jsonl") == [{"step": 1}]
+
+
+def test_results_do_not_make_a_vanished_run_directory_anew(tmp_path):
+    run = tmp_path / "run"
+    with pytest.raises(UserError, match=r"append to results\.jsonl in .*/run: No such file"):
+        results.append_results(run, [{"step": 1}])
+    with pytest.raises(UserError, match=r"predictions of a in .*: No such file"):
+        results.write_predictions(run / "predictions", "a", [{"step": 1}])
+    assert not run.exists()
+    run.mkdir()
+    results.append_results(run, [{"step": 1}])
+    results.write_predictions(run / "predictions", "a", [{"step": 1}])
+    assert (run / "predictions" / "a.jsonl").read_text() == '{"step": 1}\n'

@@ -362,27 +362,35 @@ def test_a_spike_is_left_out(new, spoil):
         assert reader.latest() == 8
 
 
-def test_a_run_goes_back_and_on_with_other_data(new, spoil):
+@pytest.mark.parametrize(
+    ("bad", "change", "watched", "back_to", "aside"),
+    [
+        (6, with_nan, {}, 2, ["4"]),
+        (9, with_other_targets, {"Guard__spike_factor": 1.4, "Guard__spike_window": 4}, 6, ["8"]),
+    ],
+    ids=["not_finite", "spike"],
+)
+def test_a_run_goes_back_and_on_with_other_data(new, spoil, bad, change, watched, back_to, aside):
     """The data of the bad step and of those gone back over are not seen again."""
-    spoil({6}, with_nan)
-    changes = {"Guard__on_bad_loss": "roll_back", "Guard__roll_back_steps": 3}
+    spoil({bad}, change)
+    changes = {"Guard__on_bad_loss": "roll_back", "Guard__roll_back_steps": 3, **watched}
     assert cli.main(argv(new, **changes)) == 0
     (event,) = events(new)
-    assert (event["step"], event["back_to"], event["roll_backs"]) == (6, 2, 1)
-    assert [path.name for path in (new / "checkpoints.set_aside").iterdir()] == ["4"]
+    assert (event["step"], event["back_to"], event["roll_backs"]) == (bad, back_to, 1)
+    assert [path.name for path in (new / "checkpoints.set_aside").iterdir()] == aside
     assert [row["step"] for row in losses(new)] == list(range(1, STEPS + 1))
     assert position(new, 12)["guard"]["roll_backs"] == 1
 
     # A second way to the same state, in a plain loop.
     given = [word.removeprefix("--gin.") for word in argv(new)[1:]]
     session = build.build(config.load([], given))
-    state = restored(new, 2)
+    state = restored(new, back_to)
     update = train.compile_step(session)
     rng = starting.replicated_key(session.mesh, session.config.run.seed, 1)
     task_ids = session.run.task_ids(data.task_names("tiny"))
     with train.open_stream(session, task_ids) as stream:
-        batches = [next(stream) for _ in range(6 + STEPS - 2)]
-    for number, batch in enumerate(batches[6:], start=3):
+        batches = [next(stream) for _ in range(bad + STEPS - back_to)]
+    for number, batch in enumerate(batches[bad:], start=back_to + 1):
         arrays = sharding.put_batch(session.mesh, batch.arrays)
         state, metrics = update(state, arrays, rng, None, None)
         assert int(state.step) == number
@@ -391,7 +399,7 @@ def test_a_run_goes_back_and_on_with_other_data(new, spoil):
 
     # Stopped after it has gone back and continued: the same.
     other = new.with_name(f"{new.name}_other")
-    assert cli.main(argv(other, Run__steps=7, **changes)) == 0
+    assert cli.main(argv(other, Run__steps=bad + 1, **changes)) == 0
     assert cli.main(argv(other, **changes)) == 0
     assert_same_run(other, new)
 

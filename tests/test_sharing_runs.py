@@ -1,18 +1,23 @@
 """Whole runs with parameters of tasks: training, resuming, evaluation, loading, conversion."""
 
+import dataclasses
+import functools
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import sharing_plans as plans
+from tiny_tasks import WORDS
 
 import mtl_jax
-from mtl_jax import build, cli, config, interop, objective, patterns, starting
+from mtl_jax import build, cli, config, interop, objective, patterns, starting, train
 from mtl_jax.checkpoint import Checkpointer
 from mtl_jax.errors import UserError
 from mtl_jax.evaluate import Evaluator
+from mtl_jax.generate_config import GenerateConfig
 from mtl_jax.interop.source import by_path, tensors
 from mtl_jax.sharing import tree
 
@@ -101,15 +106,43 @@ def finished(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def plain_of_copy(finished):
-    """(configuration, parameters) of tiny_copy, from the checkpoint by Orbax and `tree.plain`."""
+def apart(finished, tmp_path_factory):
+    """The run after a step that moved what tasks own far enough for them to write other texts."""
+    directory = tmp_path_factory.mktemp("runs") / "apart"
+    shutil.copytree(finished, directory)
     session = build.build(config.load([str(finished / "config.gin")]))
-    with Checkpointer(finished / "checkpoints", read_only=True) as checkpointer:
-        state, _, meta = checkpointer.restore(STEPS, session.abstract_state)
+    with Checkpointer(directory / "checkpoints") as checkpointer:
+        state, position, meta = checkpointer.restore(STEPS, session.abstract_state)
+        leaves = patterns.by_path(state.params)
+        for number, path in enumerate(sorted(leaves)):
+            if path.startswith("sharing/task/"):
+                noise = np.random.RandomState(number).randn(*leaves[path].shape)
+                leaves[path] = leaves[path] + 0.5 * noise.astype(np.float32)
+        moved = dataclasses.replace(state, params=patterns.as_tree(leaves))
+        checkpointer.save(STEPS + 1, moved, position, meta, wait=True)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def plain_of(apart):
+    """(plan, task -> parameters), from the checkpoint by Orbax and `tree.plain`."""
+    session = build.build(config.load([str(apart / "config.gin")]))
+    with Checkpointer(apart / "checkpoints", read_only=True) as checkpointer:
+        state, _, meta = checkpointer.restore(STEPS + 1, session.abstract_state)
     ids = meta["task_ids"]
     plan = session.sharing
     assert {name: plan.task_id(name) for name in TASKS} == ids
-    return plan, jax.device_get(tree.plain(plan, state.params, ids["tiny_copy"]))
+    plain = jax.jit(functools.partial(tree.plain, plan))
+    return plan, lambda task: jax.device_get(plain(state.params, ids[task]))
+
+
+@pytest.fixture(scope="module")
+def exported(apart, tmp_path_factory):
+    """The folder of the plain T5 of tiny_reverse, and this T5."""
+    folder = tmp_path_factory.mktemp("exported") / "tiny_reverse"
+    given = ["convert", str(apart), str(folder), "--to", "mtl_jax", "--task", "tiny_reverse"]
+    assert not cli.main(given)
+    return folder, mtl_jax.load(folder)
 
 
 def test_a_run_learns_and_tells_what_is_shared(finished):
@@ -137,6 +170,13 @@ def test_a_run_continues_bit_by_bit(finished, tmp_path, capsys):
         for folder in (finished, directory)
     )
     assert whole == broken
+    session = session_of(directory, **as_flags(SHARING))
+    states = []
+    for folder in (finished, directory):
+        with Checkpointer(folder / "checkpoints", read_only=True) as checkpointer:
+            states.append(checkpointer.restore(STEPS, session.abstract_state)[0])
+    for one, other in zip(*map(jax.tree.leaves, states), strict=True):
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
 
 
 def test_another_plan_is_refused(finished):
@@ -155,9 +195,9 @@ def _meta(directory):
         return checkpointer.meta()
 
 
-def test_a_source_gives_the_plain_t5_of_a_task(finished, plain_of_copy):
-    plan, plain = plain_of_copy
-    source = interop.open_source(finished, task="tiny_copy")
+def test_a_source_gives_the_plain_t5_of_a_task(apart, plain_of):
+    plan, plain = plain_of[0], plain_of[1]("tiny_copy")
+    source = interop.open_source(apart, task="tiny_copy")
     assert source.config == plan.model_config
     assert tuple(source.prompt) == (268, 269, 270, 271)
     for path in tensors(source.config):
@@ -179,61 +219,92 @@ def test_a_task_must_be_named(finished, task, message):
         interop.open_source(finished, task=task)
 
 
-def test_loading_converting_and_loading_again_give_the_same(finished, tmp_path, capsys):
-    texts, targets = ["abcab", "bab"], ["ab", "ba"]
-    loaded = mtl_jax.load(finished, task="tiny_copy")
+def test_loading_converting_and_loading_again_give_the_same(apart, exported, tmp_path, capsys):
+    texts, targets = ["abcab", "bab", "cabba", "bc"], ["ab", "ba", "ca", "bc"]
+    how = GenerateConfig(max_length=4)
+    folder, plain = exported
+    loaded = mtl_jax.load(apart, task="tiny_reverse")
+    other = mtl_jax.load(apart, task="tiny_copy")
     expected = loaded.score(texts, targets)
-    other = mtl_jax.load(finished, task="tiny_first").score(texts, targets)
-    assert np.abs(expected - other).max() > 1e-3
-    assert len(loaded.generate(texts, max_length=3)) == 2
-    for kind in ("mtl_jax", "hf"):
-        folder = tmp_path / kind
-        given = ["convert", str(finished), str(folder), "--to", kind, "--task", "tiny_copy"]
-        assert not cli.main(given)
-        if kind == "hf":
-            assert "put the token ids 268 to 271 in front" in capsys.readouterr().err
-            continue  # its prompt is not said in Hugging Face's files
-        np.testing.assert_allclose(mtl_jax.load(folder).score(texts, targets), expected, rtol=1e-5)
-    source, again = interop.open_source(finished, task="tiny_copy"), interop.open_source(folder)
+    np.testing.assert_allclose(plain.score(texts, targets), expected, rtol=1e-5)
+    assert np.abs(expected - other.score(texts, targets)).max() > 1e-3
+    written = [[x.tokens for (x,) in model.predict(texts, how)] for model in (plain, loaded, other)]
+    assert written[0] == written[1]
+    assert all(one != two for one, two in zip(*written[1:], strict=True))
+    given = ["convert", str(apart), str(tmp_path / "hf"), "--to", "hf", "--task", "tiny_reverse"]
+    assert not cli.main(given)
+    # Its prompt is not said in Hugging Face's files.
+    assert "put the token ids 268 to 271 in front" in capsys.readouterr().err
+    source = interop.open_source(apart, task="tiny_reverse")
+    again = [interop.open_source(place) for place in (folder, tmp_path / "hf")]
     for path in tensors(source.config):
         layer = 0 if "layers" in path else None
-        np.testing.assert_array_equal(again.read(path, layer), source.read(path, layer))
+        for copy in again:
+            np.testing.assert_array_equal(copy.read(path, layer), source.read(path, layer))
     with pytest.raises(UserError, match="no parameters of tasks"):
-        mtl_jax.load(folder, task="tiny_copy")
+        mtl_jax.load(tmp_path / "hf", task="tiny_reverse")
+    with pytest.raises(UserError, match="leave out the task 'tiny_reverse'"):
+        mtl_jax.load(folder, task="tiny_reverse")
 
 
-def test_infer_with_a_task(finished, tmp_path):
-    (tmp_path / "in.jsonl").write_text('{"inputs": "abc", "targets": "ab"}\n')
-    given = ["infer", f"--checkpoint={finished}", f"--input={tmp_path / 'in.jsonl'}"]
-    given += [f"--output={tmp_path / 'out.jsonl'}", "--mode=score"]
-    assert cli.main([*given, "--gin.Infer.task=tiny_copy"]) == 0
-    score = lines(tmp_path / "out.jsonl")[0]["score"]
-    expected = mtl_jax.load(finished, task="tiny_copy").score(["abc"], ["ab"])
-    np.testing.assert_allclose(score, expected[0], rtol=1e-5)
+@pytest.mark.parametrize("mode", ["score", "generate"])
+def test_infer_with_a_task(apart, exported, tmp_path, mode):
+    """As the T5 that is exported for the task."""
+    (tmp_path / "in.jsonl").write_text(
+        "".join(f'{{"inputs": "{x}", "targets": "ab"}}\n' for x in ("abc", "cabba"))
+    )
+    given = ["infer", f"--checkpoint={apart}", f"--input={tmp_path / 'in.jsonl'}"]
+    given += [f"--output={tmp_path / 'out.jsonl'}", f"--mode={mode}"]
+    given += ["--gin.Generate.max_length=4"] * (mode == "generate")
+    assert cli.main([*given, "--gin.Infer.task=tiny_reverse"]) == 0
+    rows, texts = lines(tmp_path / "out.jsonl"), ["abc", "cabba"]
+    if mode == "generate":
+        expected = exported[1].generate(texts, max_length=4)
+        assert [row["prediction"] for row in rows] == expected
+        assert all(expected)
+    else:
+        expected = exported[1].score(texts, ["ab", "ab"])
+        np.testing.assert_allclose([row["score"] for row in rows], expected, rtol=1e-5)
 
 
-def test_evaluation_of_a_task_is_that_of_its_plain_t5(finished, plain_of_copy, monkeypatch):
-    """Predictions and scores of the evaluator with the plan, and of one without on `plain`."""
-    plan, plain = plain_of_copy
-    session = build.build(config.load([str(finished / "config.gin")]))
+def test_evaluation_of_a_task_is_that_of_its_plain_t5(apart, plain_of, tmp_path):
+    """What the evaluator with the plan writes of each task, and one without on its plain T5."""
+    plan, plain = plain_of
+    changed = [f"Eval.tasks={TASKS}"]
+    session = build.build(config.load([str(apart / "config.gin")], changed))
     tasks = session.eval_tasks()
-    params, _ = build.load_params(session, str(finished))
-    found = session.evaluator().run(params, tasks, 0, None)
+    params, _ = build.load_params(session, str(apart))
+    for folder in ("found", "alone"):
+        (tmp_path / folder).mkdir()
+    session.evaluator().run(params, tasks, 0, tmp_path / "found")
     alone = Evaluator(plan.model_config, session.placement, session.config.eval)
     for task in tasks:
         for example in task.examples:
             example.inputs = [268, 269, 270, 271, *example.inputs]
-    own = alone.run(plain, [task for task in tasks if task.name == "tiny_copy"], 0, None)
-    mine = [row for row in found if row["task"] == "tiny_copy"]
-    assert [(row["metric"], row["value"]) for row in mine] == [
-        (row["metric"], row["value"]) for row in own
-    ]
+    columns = {}
+    for task in tasks:
+        alone.run(plain(task.name), [task], 0, tmp_path / "alone")
+        mine, own = (
+            lines(tmp_path / folder / "predictions" / f"{task.name}.jsonl")
+            for folder in ("found", "alone")
+        )
+        for one, other in zip(mine, own, strict=True):
+            # Both are rounded to six places, after being made by two programs.
+            np.testing.assert_allclose(one.pop("scores", 0), other.pop("scores", 0), rtol=1e-4)
+            assert one == other
+        columns[task.name] = [row["prediction"] for row in mine]
+    # The same inputs; and what is equal above are texts.
+    assert all(map(str.__ne__, columns["tiny_copy"], columns["tiny_reverse"]))
 
 
 def test_tasks_that_are_not_in_the_batch_stay(tmp_path):
-    """One block of one task in a batch: after a step only that task's entries have moved."""
+    """One block of one task in a batch: after a step only that task's entries have moved.
+
+    Of copies and of LoRA, of parameters and of the optimizer's state.
+    """
     changes = {
         "Sharing__levels": "(('decoder', 'task', 1, 2),)",
+        "Lora__rank": 2,
         "Data__blocks": 1,
         "Optimizer__weight_decay": 0.1,
         "Run__steps": 3,
@@ -246,13 +317,39 @@ def test_tasks_that_are_not_in_the_batch_stay(tmp_path):
     with Checkpointer(tmp_path / "run" / "checkpoints", read_only=True) as checkpointer:
         states += [checkpointer.restore(n, session.abstract_state)[0] for n in (1, 2, 3)]
     rows = [row for row in lines(tmp_path / "run" / "metrics.jsonl") if "loss" in row]
-    path = "sharing/task/layers_1_to_2/decoder/layers/mlp/wo/kernel"
+    assert len(rows) == 3
     for before, after, row in zip(states, states[1:], rows, strict=False):
-        (present,) = [name for name in TASKS if f"loss/{name}" in row]
-        old, new = (np.asarray(patterns.by_path(s.params)[path]) for s in (before, after))
-        for name in TASKS:
-            entry = session.sharing.task_id(name) - 1
-            assert np.array_equal(old[entry], new[entry]) == (name != present), name
+        present = [f"loss/{name}" in row for name in TASKS]  # ids are in this order
+        assert sum(present) == 1
+        found = plans.moved_entries(session.sharing, before, after)
+        for (leaf, _), moved in found.items():
+            # The A of LoRA gets no gradient, and its moments stay zero, where B is zero.
+            if "/lora_a/" in leaf:
+                assert not moved[~np.array(present)].any(), leaf
+            else:
+                np.testing.assert_array_equal(moved, present, err_msg=leaf)
+        for kind in ("layers_1_to_2", "lora_a", "lora_b"):
+            of_kind = [leaf.split("/")[0] for leaf, _ in found if f"/{kind}/" in leaf]
+            assert set(of_kind) == {"params", "opt_state"}
+
+
+def test_prompts_stand_in_front_of_every_packed_example(tmp_path):
+    """In a batch of training; behind the prompt, the examples are those of the tasks."""
+    changes = {"Data__inputs_length": 32, "Data__prefetch": 0}
+    session = session_of(tmp_path / "run", **as_flags(SHARING), **changes)
+    with train.open_stream(session, session.run.task_ids(TASKS)) as stream:
+        arrays = next(stream).arrays
+    texts = {(*(byte + 3 for byte in f"{x}{y}".encode()), 1) for x in WORDS for y in WORDS}
+    packed = 0
+    for tokens, segments in zip(
+        arrays["encoder_input_tokens"], arrays["encoder_segment_ids"], strict=True
+    ):
+        packed += segments.max() > 1
+        for segment in range(1, segments.max() + 1):
+            mine = tuple(tokens[segments == segment].tolist())
+            assert mine[:4] == (268, 269, 270, 271)
+            assert mine[4:] in texts
+    assert packed > 10
 
 
 def test_sharing_starts_from_a_plain_checkpoint(tmp_path):

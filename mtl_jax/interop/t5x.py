@@ -167,6 +167,8 @@ class T5xSource(Source):
             name = "/".join(keys)
             if isinstance(node, dict) and isinstance(node.get("kvstore"), dict):
                 folder = Path(str(node["kvstore"].get("path", "")).rstrip("/")).name
+                if folder in ("", ".."):
+                    raise UserError(f"{self.file}: tensor {name} names no folder of its own.")
                 found[name] = Zarr(self.file.parent / folder, name, self._context)
             elif isinstance(node, dict):
                 for key, child in node.items():
