@@ -59,20 +59,40 @@ class Problem:
     def _of_task_S(self) -> jax.Array:
         return jnp.asarray(self.balancer.of_task, jnp.int32)
 
-    def prepared(self, batch: Batch, reference: model.Params | None = None) -> Batch:
+    def prepared(
+        self,
+        batch: Batch,
+        reference: model.Params | None = None,
+        step: jax.Array | int = 0,
+    ) -> Batch:
         """The batch with the method's own task ids, and what tokens count in the objective.
 
         Args:
           batch: one global batch.
           reference: parameters of the frozen model, where the method asks for one; its losses are
             put into the batch.
+          step: int32 scalar, updates done so far; the reference is not computed at every one
+            (`Method.reference_every`).
         """
         if self.balancer.cfg.reduction == "example_mean":
             batch = objective.with_example_weights(batch)
         if reference is not None:
-            given = self.cfg, self.step_cfg, reference, batch, self.shared
-            batch = batch | {REFERENCE_LOSSES: objective.token_losses(*given)}
+            batch = batch | {REFERENCE_LOSSES: self._reference_losses(reference, batch, step)}
         return batch | {BALANCE_IDS: self._of_task_S[batch["decoder_task_ids"]]}
+
+    def _reference_losses(
+        self, reference: model.Params, batch: Batch, step: jax.Array | int
+    ) -> jax.Array:
+        look = lambda: objective.token_losses(  # noqa: E731
+            *(self.cfg, self.step_cfg, reference, batch, self.shared)
+        )
+        assert self.balancer.method is not None
+        every = self.balancer.method.reference_every
+        if every == 1:
+            return look()
+        # Above everything: nothing is in excess of it.
+        none = jnp.full(batch["decoder_target_tokens"].shape, jnp.inf, jnp.float32)
+        return jax.lax.cond(step % every == 0, look, lambda: none)
 
     def observations(self, batch: Batch, step: jax.Array, rng: jax.Array) -> Observations:
         """What is known before the forward pass; losses are zeros yet.

@@ -114,7 +114,7 @@ def train_step(
     else:
         rate = optim.learning_rate(optimizer_cfg, state.step)
         problem = Problem(cfg, step_cfg, balancer, frozen, dropout_rng, shared, rate)
-        batch = problem.prepared(batch, reference)
+        batch = problem.prepared(batch, reference, state.step)
         seen = problem.observations(batch, state.step, rng)
         grads, sums, balance, told = problem.gradients(trained, batch, balance, seen)
     if shared is not None:

@@ -51,23 +51,31 @@ def domain_means(values, rows, by_example):
 
 
 @pytest.mark.parametrize(
-    ("parts", "reduction"),
+    ("parts", "reduction", "every"),
     [
-        (1, "token_mean"),
-        pytest.param(BLOCKS, "token_mean", marks=pytest.mark.slow),
-        pytest.param(BLOCKS, "example_mean", marks=pytest.mark.slow),
+        (1, "token_mean", 2),
+        pytest.param(1, "token_mean", 1, marks=pytest.mark.slow),
+        pytest.param(BLOCKS, "token_mean", 1, marks=pytest.mark.slow),
+        pytest.param(BLOCKS, "example_mean", 1, marks=pytest.mark.slow),
     ],
 )
-def test_weights_of_a_run_are_those_of_the_algorithm(parts, reduction):
+def test_weights_of_a_run_are_those_of_the_algorithm(parts, reduction, every):
     """Three updates; 1e-5: exponentials of sums of float32 losses."""
-    method = DoReMi(eta=ETA, smoothing=SMOOTHING, reference="given")
+    method = DoReMi(eta=ETA, smoothing=SMOOTHING, reference="given", every_n_steps=every)
     chosen = balancer(method, reduction=reduction)
     # z-loss is part of the objective, and of no -log p.
     settings = objective.StepConfig(microbatches=parts, z_loss=1e-3)
     update, state = jax.jit(stepper(chosen, settings)), initial(chosen)
-    alpha, alphas = np.full(3, 1 / 3), []
+    alpha, excess, alphas = np.full(3, 1 / 3), np.zeros(3), []
     for number in range(STEPS):
         rows = batch(seed=number)
+        if number % every:  # nothing is asked of the reference
+            nothing = jax.tree.map(lambda x: x * np.float32(np.nan), REFERENCE)
+            state, told = update(state, rows, KEY, nothing)
+            np.testing.assert_allclose(told["balance/excess_loss"], excess, rtol=1e-5)
+            np.testing.assert_allclose(told["balance_weight"][0], alpha, rtol=1e-5)
+            alphas.append(alpha)
+            continue
         losses, reference = token_losses(state.params, rows), token_losses(REFERENCE, rows)
         difference, by_example = losses - reference, reduction == "example_mean"
         excess = domain_means(np.maximum(difference, 0.0), rows, by_example)

@@ -217,6 +217,20 @@ def test_absent_tasks_get_no_gradient_of_the_soft_penalty():
     np.testing.assert_allclose(value, np.sum((bank - bank.mean(0, keepdims=True)) ** 2), rtol=1e-5)
 
 
+def test_the_soft_penalty_draws_the_copies_of_a_subtree():
+    norms = ("encoder/encoder_norm/scale", "decoder/decoder_norm/scale")
+    copies = tuple((path, "task") for path in norms)
+    values = {"copies": copies, "soft_penalty": 2.0, "soft_pattern": "decoder/.*"}
+    plan = make_plan(Rooms(SharingConfig(**values)), plans.NAMES, golden.config("1.1"))
+    params, present = plans.perturbed(plan), jnp.ones(3, bool)
+    grads = by_path(jax.grad(functools.partial(tree.penalty, plan))(params, present))
+    left_out, drawn = (np.asarray(grads[f"sharing/task/copies/{path}"]) for path in norms)
+    assert (left_out == 0).all()
+    bank = np.asarray(by_path(params)[f"sharing/task/copies/{norms[1]}"])
+    expected = 2.0 * (bank - bank.mean(0, keepdims=True))
+    np.testing.assert_allclose(drawn, expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("scan_layers", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_cached_decoding_with_adapters_equals_the_parallel_forward(scan_layers):
     cfg = golden.config("1.1", adapter_dim=4, scan_layers=scan_layers)

@@ -244,7 +244,9 @@ def _often(every: int) -> str:
 
 
 def _loss_side_cost(balancer: Balancer, parameter_mib: float) -> str:
-    more = sum(map(balancer.needs, (LOSSES_AFTER, REFERENCE)))
+    more = float(balancer.needs(LOSSES_AFTER))
+    if balancer.method is not None and balancer.needs(REFERENCE):
+        more += 1 / balancer.method.reference_every
     words = (
         f"about {1 + more / 3:.2f} x the time of a plain step" if more else "a plain step's time"
     )

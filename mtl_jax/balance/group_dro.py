@@ -140,6 +140,8 @@ class DoReMi(Method):
       eta: step size of alpha.
       smoothing: part of alpha that is spread evenly at every step.
       reference: the checkpoint of the reference model, trained on the same tasks.
+      every_n_steps: steps between two updates of alpha, in which it holds and the reference is not
+        computed; the paper's is 1.
     """
 
     needs = frozenset({LOSSES, REFERENCE})
@@ -148,9 +150,17 @@ class DoReMi(Method):
     eta: float = 1.0
     smoothing: float = 1e-4
     reference: str = ""
+    every_n_steps: int = 1
 
     def __post_init__(self) -> None:
         _check("DoReMi", self.eta, self.smoothing)
+        if self.every_n_steps < 1:
+            raise UserError(f"DoReMi.every_n_steps must be at least 1, got {self.every_n_steps}.")
+
+    @property
+    def reference_every(self) -> int:
+        """See `Method.reference_every`."""
+        return self.every_n_steps
 
     def check(self, names: Sequence[str]) -> None:
         """Refuses to run without a reference.
@@ -179,9 +189,12 @@ class DoReMi(Method):
     ) -> tuple[jax.Array, DoReMiState, dict[str, Any]]:
         """The weights of this step; see `Method.weights`."""
         assert seen.excess is not None  # it is among the needs
-        excess_N = jnp.where(seen.present, seen.excess, state.excess)
-        ever_N = state.seen | seen.present
+        looked = seen.step % self.every_n_steps == 0
+        new_N = seen.present & looked
+        excess_N = jnp.where(new_N, seen.excess, state.excess)
+        ever_N = state.seen | new_N
         log_N = ascend(state.log_weights, self.eta * excess_N, ever_N, self.smoothing)
+        log_N = jnp.where(looked, log_N, state.log_weights)
         alpha_N = jax.nn.softmax(log_N)
         steps = state.steps + 1
         average_N = state.average + (alpha_N - state.average) / steps

@@ -72,6 +72,14 @@ class Method:
     needs: ClassVar[frozenset[str]] = frozenset()
     cost: ClassVar[str] = ""  # beyond a plain step, in words
 
+    @property
+    def reference_every(self) -> int:
+        """Steps between two looks at the reference, for a method that needs REFERENCE.
+
+        In the steps between, `Observations.excess` is zeros.
+        """
+        return 1
+
     def check(self, names: Sequence[str]) -> None:
         """Refuses options that do not fit these tasks.
 
