@@ -72,7 +72,7 @@ def test_without_the_compilers_the_user_is_told_what_to_install(target, monkeypa
         "version",
         lambda name: version(name) if name == "jaxlib" else nothing(name),
     )
-    with pytest.raises(UserError, match=r'pip install "mtl_jax\[aot\]"'):
+    with pytest.raises(UserError, match=r"pip install '/path/to/mtl_jax\[aot\]'"):
         targets.devices(target)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from mtl_jax import host_memory
 
-# Page faults of five runs of a program with 16 MiB of temporaries, as in training.
+# Page faults of 20 runs of a program with 16 MiB of temporaries, as in training.
 _PROGRAM = """
 import resource, sys
 import jax, jax.numpy as jnp
@@ -21,7 +21,7 @@ f = jax.jit(lambda x: jnp.sum(jnp.tanh(x @ x) @ x))
 for _ in range(3):
     f(x).block_until_ready()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(5):
+for _ in range(20):
     f(x).block_until_ready()
 print(f.lower(x).compile().memory_analysis().temp_size_in_bytes)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
@@ -39,8 +39,9 @@ def test_temporaries_are_not_given_back_between_steps():
 
     temporaries, faults = run("told")
     assert temporaries >= 16 * 2**20
-    pages = 5 * temporaries // 4096
-    assert faults < pages / 10
+    pages = 20 * temporaries // 4096
+    # The heap may grow once more, by what lies between two blocks.
+    assert faults < pages / 5
     _, otherwise = run()
     assert otherwise > pages / 2, "the test would show nothing"
 
