@@ -1,11 +1,12 @@
 """What methods that share one update cost: the train step under each, with four tasks.
 
-    python benchmarks/methods.py              # about 9 minutes on 2 cores
+    python benchmarks/methods.py              # about 10 minutes on 2 cores
     python benchmarks/methods.py --tiny       # a small model, to see that it works
 
 Every step is compiled first; then all are run in turn, round after round, so that a change of the
-machine's speed meets all of them. Prints medians and their ratio to plain training, the memory of
-temporaries as compiled, and the memory for the tasks' gradients that a run predicts at its start.
+machine's speed meets all of them. Where a method looks at every n-th step only, its time is the
+mean of n steps. Prints medians and their ratio to plain training, the memory of temporaries as
+compiled, and the memory for the tasks' gradients that a run predicts at its start.
 Writes benchmarks/results/methods.json (not with --tiny).
 """
 
@@ -55,9 +56,12 @@ class Variant:
     blocks: int = 1
     values: tuple[tuple[str, object], ...] = ()
 
+    options: tuple[tuple[str, object], ...] = ()
+
     def balancer(self, cfg: T5Config) -> Balancer:
         """The method at work on the four tasks."""
-        made = METHODS[self.method](**OPTIONS.get(self.method, {})) if self.method else None
+        options = OPTIONS.get(self.method, {}) | dict(self.options)
+        made = METHODS[self.method](**options) if self.method else None
         values = BalanceConfig(method=self.method, **dict(self.values))
         return make_balancer(values, made, TASKS, cfg)
 
@@ -69,6 +73,8 @@ def variants() -> list[Variant]:
     loss_side = [n for n, m in METHODS.items() if GRAM not in m.needs]
     gradient_side = [n for n, m in METHODS.items() if GRAM in m.needs]
     found += [Variant(name, name) for name in sorted(loss_side)]
+    every = (("every_n_steps", 1),)
+    found.append(Variant("DoReMi, every_n_steps = 1", "DoReMi", options=every))
     for name in sorted(gradient_side):
         values = (("groups", "last_shared"),) if name == "GradNorm" else ()
         found.append(Variant(name, name, BLOCKS, values))
@@ -109,7 +115,10 @@ class Runner:
 
     def __init__(self, cfg: T5Config, variant: Variant, batch: dict, rng: jax.Array):
         balancer = variant.balancer(cfg)
-        self.balancer = balancer
+        # What is done at every n-th step only counts with its share.
+        self.period = max(balancer.every, 1)
+        if balancer.method is not None and balancer.needs(REFERENCE):
+            self.period = balancer.method.reference_every
         make = functools.partial(
             step.init_state, cfg, optim.make_optimizer(OPTIMIZER), balancer=balancer
         )
@@ -124,10 +133,11 @@ class Runner:
         self.temporaries = self._update.memory_analysis().temp_size_in_bytes
 
     def step(self) -> float:
-        """Runs one step and returns its seconds."""
+        """Runs the steps of one period and returns the mean of their seconds."""
         started = time.perf_counter()
-        self._state, metrics = jax.block_until_ready(self._update(self._state, *self._fixed))
-        seconds = time.perf_counter() - started
+        for _ in range(self.period):
+            self._state, metrics = jax.block_until_ready(self._update(self._state, *self._fixed))
+        seconds = (time.perf_counter() - started) / self.period
         if not np.isfinite(metrics["loss"]):
             raise ArithmeticError(f"the loss is {metrics['loss']}")
         return seconds
@@ -164,6 +174,7 @@ def measure(cfg: T5Config, rounds: int, seconds: float) -> list[dict]:
                 "least": min(own),
                 "most": max(own),
                 "rounds": len(own),
+                "steps a round": ready[variant].period,
                 "temporaries MiB": ready[variant].temporaries / 2**20,
                 "predicted for gradients MiB": slots,
             }

@@ -94,7 +94,7 @@ OF_LOSSES = OneOf(
     DifficultyWeights(decay=0.5, metric="likelihood"),
     FAMO(lr=0.3),
     GroupDRO(eta=0.5),
-    DoReMi(smoothing=0.01, reference="given"),
+    DoReMi(smoothing=0.01, reference="given", every_n_steps=1),
 )
 EVERY_METHOD = [
     *(pytest.param(OF_GRADIENTS, name, id=name) for name in OF_GRADIENTS.methods),

@@ -211,7 +211,7 @@ def doremi(smoothing, batches=None, steps=10):
     if batches is None:
         seen = observe([1, 1], [1.3, 1.1], excess=[0.3, 0.1])
         batches = [(seen, jnp.zeros(2))] * steps
-    return run(DoReMi(reference="run", smoothing=smoothing), batches, tasks=2)
+    return run(DoReMi(reference="run", smoothing=smoothing, every_n_steps=1), batches, tasks=2)
 
 
 def test_doremi_of_a_constant_excess():

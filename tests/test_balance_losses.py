@@ -35,7 +35,8 @@ ALL = (
     FAMO(lower_bound={"sum": 0.1}),
     GroupDRO(eta=0.5),
     GroupDRO(eta=0.5, smoothing=0.01),
-    DoReMi(reference="run"),
+    DoReMi(reference="run", every_n_steps=1),
+    DoReMi(reference="run", every_n_steps=2),
 )
 each_method = pytest.mark.parametrize("method", ALL, ids=repr)
 

@@ -141,16 +141,17 @@ class DoReMi(Method):
       smoothing: part of alpha that is spread evenly at every step.
       reference: the checkpoint of the reference model, trained on the same tasks.
       every_n_steps: steps between two updates of alpha, in which it holds and the reference is not
-        computed; the paper's is 1.
+        computed. 1 is the paper's; 10 spares most of the reference's forward pass, which makes a
+        step a quarter longer.
     """
 
     needs = frozenset({LOSSES, REFERENCE})
-    cost = "GroupDRO's, and a forward pass of the reference, which is kept in memory"
+    cost = "GroupDRO's, and every_n_steps a forward pass of the reference, kept in memory"
 
     eta: float = 1.0
     smoothing: float = 1e-4
     reference: str = ""
-    every_n_steps: int = 1
+    every_n_steps: int = 10
 
     def __post_init__(self) -> None:
         _check("DoReMi", self.eta, self.smoothing)
