@@ -145,8 +145,9 @@ class Session:
 
         Or, for a run that has none yet, the checkpoint that it starts from.
         """
-        if own.latest() is not None:
-            return own.meta().get("source", {})
+        newest = processes.from_primary(own.latest())
+        if newest is not None:
+            return own.meta(newest).get("source", {})
         if not self.config.run.restore_from:
             return {}
         checkpointer, number = open_checkpoint(self.config.run.restore_from)
@@ -449,7 +450,8 @@ def measured_mixture(session: Session, seconds: float = 60.0) -> EffectiveMixtur
     cfg = session.config
     owners = {name: session.block_of(name) for name in data.task_names(cfg.data.mixture)}
     prompt = embeddings.prompt_ids(session.sharing)
-    return effective_mixture.measure(cfg.data, cfg.run.steps, owners, prompt, seconds)
+    shards = cfg.data.num_shards or sharding.readers(session.mesh)[1]
+    return effective_mixture.measure(cfg.data, cfg.run.steps, owners, prompt, seconds, shards)
 
 
 def mixture_text(session: Session, measured: EffectiveMixture | None = None) -> str:

@@ -134,7 +134,10 @@ class RunDirectory:
         target = self.path / name
         if self.primary:
             with storage_errors(f"write {name}", self.path):
-                replace_bytes(target, content)
+                # Folders within the run, but not the run's own where it has vanished.
+                for folder in reversed(target.relative_to(self.path).parents[:-1]):
+                    (self.path / folder).mkdir(exist_ok=True)
+                replace_bytes(target, content, parents=False)
         return target
 
     def write_json(self, name: str, value: Any) -> Path:

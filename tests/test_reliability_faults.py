@@ -18,6 +18,7 @@ from test_reliability import ABSTRACT, META, POSITION, make_state
 from mtl_jax import checksums, processes, results, run_lock, storage
 from mtl_jax.checkpoint import CheckpointConfig, Checkpointer, DamagedCheckpoint
 from mtl_jax.errors import UserError
+from mtl_jax.run_directory import RunDirectory
 from mtl_jax.run_lock import RunLock
 
 # ---------------------------------------------------------------------------- vanished folders
@@ -325,6 +326,18 @@ def test_lines_are_shared_where_there_are_no_locks(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", refuse)
     results.append_results(tmp_path, [{"step": 1}])
     assert storage.read_jsonl(tmp_path / "results.jsonl") == [{"step": 1}]
+
+
+def test_files_of_a_run_do_not_make_its_vanished_directory_anew(tmp_path):
+    run = RunDirectory(tmp_path / "run").create()
+    run.write_text("tokenizer/parts/a.txt", "a")
+    assert (run.path / "tokenizer" / "parts" / "a.txt").read_text() == "a"
+    shutil.rmtree(run.path)
+    for write in (run.write_text, run.write_json):
+        for name in ("a", "tokenizer/a"):
+            with pytest.raises(UserError, match=f"write {name} in .*/run: No such file"):
+                write(name, "x")
+    assert not run.path.exists()
 
 
 def test_results_do_not_make_a_vanished_run_directory_anew(tmp_path):
