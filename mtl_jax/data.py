@@ -25,6 +25,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import seqio
 
 from mtl_jax import processes
 from mtl_jax.data_config import DataConfig, MixtureConfig
@@ -55,7 +56,7 @@ from mtl_jax.packing import (
 )
 from mtl_jax.reading import TaskReader
 from mtl_jax.shards import Shard, Snapshot
-from mtl_jax.sources import FileRowsDataSource
+from mtl_jax.sources import RowsDataSource
 
 __all__ = [
     "Batch",
@@ -221,7 +222,10 @@ class TrainStream:
     def block_draws(self) -> BlockDraws:
         """Which of `owned` the blocks of each batch are of; the same for all shards."""
         if self._block_draws is None:
-            self.needs = self.needs or self._measured_needs()
+            if not self.needs:
+                # By the first process, as others have no part in the files of the first shard.
+                found = self._measured_needs() if processes.primary() else ()
+                self.needs = tuple(processes.from_primary(found))
             of_all = list(self.rates.values())
             rates = [sum(of_all[number] for number in numbers) for numbers in self.owned]
             shares = block_shares(rates, self.needs)
@@ -229,7 +233,7 @@ class TrainStream:
         return self._block_draws
 
     def _measured_needs(self) -> tuple[float, ...]:
-        """From the first examples of each task, the same ones in every process."""
+        """From the first examples of each task."""
         if not self.config.pack:
             return (1.0,) * len(self.owned)
         rates = list(self.rates.values())
@@ -248,7 +252,8 @@ class TrainStream:
 
     def _first(self, number: int, count: int) -> list[Example]:
         """The first examples of a task with tokens on both sides, trimmed; repeated if few."""
-        found = first_examples(self.reader(number), self.config, count, self.prompt)
+        reader = self.reader(number)
+        found = first_examples(reader, self.config, count, self.prompt, self.num_shards)
         return list(itertools.islice(itertools.cycle(found), count))
 
     def by_rates(self, rates: Mapping[str, float], batch: Batch) -> Batch:
@@ -279,6 +284,8 @@ class TrainStream:
         return self
 
     def __next__(self) -> Batch:
+        if self.config.blocks:
+            _ = self.block_draws  # here, as the processes talk, and not in the thread
         if self.config.prefetch <= 0:
             return self._make_batch()
         if self._producer is None:
@@ -325,19 +332,31 @@ class TrainStream:
     def counters_by_task(self, batch: Batch) -> dict[str, dict[str, int]]:
         """Returns the counters of `batch`, of all processes, by task and by name.
 
-        Every process must ask. Names: `packing.COUNTERS`, and "corrupt" where rows of the task's
-        files were left out (`Data.max_corrupt`).
+        Every process must ask. Names: `packing.COUNTERS`; "corrupt" only where records were left
+        out (`Data.max_corrupt`).
         """
         rows = zip(self.tasks, whole_counters(batch).tolist(), strict=True)
         counters = {name: dict(zip(COUNTERS, row, strict=True)) for name, row in rows}
-        for name, reader in zip(self.tasks, self._readers, strict=True):
-            source = reader.task.source
-            if isinstance(source, FileRowsDataSource) and (left_out := self._corrupt(source)):
-                counters[name]["corrupt"] = left_out
+        for name, left_out in self._corrupt().items():
+            counters[name]["corrupt"] += left_out
+        for name in [name for name, row in counters.items() if not row["corrupt"]]:
+            del counters[name]["corrupt"]
         return counters
 
-    def _corrupt(self, source: FileRowsDataSource) -> int:
-        return source.corrupt(self.config.split) if self.config.max_corrupt else 0
+    def _corrupt(self) -> dict[str, int]:
+        """Rows of sources of ours that were left out, of all processes."""
+        if not self.config.max_corrupt:
+            return {}
+        shards = [seqio.ShardInfo(shard.index, self.num_shards) for shard in self._shards]
+        mine: dict[str, dict[str, int]] = {}
+        for name, reader in zip(self.tasks, self._readers, strict=True):
+            source = reader.task.source
+            if isinstance(source, RowsDataSource) and not reader.cached:
+                mine[name] = dict(source.corrupt(self.config.split, shards))
+        # By file, as several processes may have read one.
+        parts = processes.gather(mine)
+        found = {name: {k: n for part in parts for k, n in part[name].items()} for name in mine}
+        return {name: sum(of_files.values()) for name, of_files in found.items()}
 
     def close(self) -> None:
         """Ends the background thread and drops the batches made ahead; `restore` to go on."""

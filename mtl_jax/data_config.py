@@ -37,9 +37,9 @@ class DataConfig:
             those of examples.
         exclude: a file of `mtl-jax decontaminate --remove`: its examples are not trained on. The
             rates stay as they are; a task that loses all of its examples is left out.
-        max_corrupt: rows of `split` that each source of files (`mtl_jax.sources`) may leave out
-            because they cannot be read, each with a warning and counted in data.json; 0: the first
-            one ends the run.
+        max_corrupt: records of `split` that each task may leave out because they cannot be read,
+            each with a warning and counted in data.json (docs/reliability.md); 0: the first one
+            ends the run.
     """
 
     mixture: str = ""

@@ -154,6 +154,7 @@ def measure(
     owners: Mapping[str, str] | None = None,
     prompt: Sequence[int] = (),
     seconds: float = 60.0,
+    shards: int = 1,
 ) -> EffectiveMixture:
     """Measures the training mixture on the first examples of its tasks.
 
@@ -164,6 +165,7 @@ def measure(
         prompt: tokens in front of every input.
         seconds: when to stop measuring tasks that are read by TensorFlow, which takes a third of a
             second to open each. Others are all measured.
+        shards: that the training stream reads the mixture in.
 
     Raises:
         UserError: a mixture that cannot be read.
@@ -172,7 +174,8 @@ def measure(
     rates = training_rates(config, excluded)
     total = sum(rates.values())
     shares = {name: rate / total if total else 0.0 for name, rate in rates.items()}
-    lengths, empty = _lengths(config, [n for n in rates if rates[n]], excluded, prompt, seconds)
+    readers = [task_reader(name, config, excluded) for name, rate in rates.items() if rate]
+    lengths, empty = _lengths(config, readers, prompt, seconds, shards)
     unmeasured = tuple(sorted(name for name, rate in rates.items() if rate and name not in lengths))
     per_step = None if unmeasured else _examples_per_step(config, shares, lengths, owners)
     means = {name: pairs.mean(axis=0) for name, pairs in lengths.items()}
@@ -227,52 +230,59 @@ def task_reader(name: str, config: DataConfig, excluded: Exclusions) -> TaskRead
     task = seqio.TaskRegistry.get(name)
     check_split(task, config.split)
     lengths = {"inputs": config.inputs_length, "targets": config.targets_length}
-    return TaskReader(task, lengths, config.use_cached, excluded.of(name, config.split))
+    return TaskReader(
+        task, lengths, config.use_cached, excluded.of(name, config.split), config.max_corrupt
+    )
 
 
 def first_examples(
-    reader: TaskReader, config: DataConfig, count: int, prompt: Sequence[int] | np.ndarray = ()
+    reader: TaskReader,
+    config: DataConfig,
+    count: int,
+    prompt: Sequence[int] | np.ndarray = (),
+    shards: int = 1,
 ) -> list[Example]:
     """Returns those of a task's first `count` examples that have tokens on both sides.
 
-    They are cut to the lengths of a row and have the prompt in front; of task 0.
+    They are cut to the lengths of a row and have the prompt in front; of task 0. Where shards are
+    read apart they are those of the first of `shards`, lest all rows be read for them.
     """
-    epoch = Epoch(config.split, config.shuffle, config.seed)
+    shard = reader.first_apart(config.split, shards)
+    epoch = Epoch(config.split, config.shuffle, config.seed, shard)
     room = config.inputs_length - len(prompt)
     before = np.asarray(prompt, np.int32)
     return [
         Example(0, np.concatenate([before, inputs[:room]]), targets[: config.targets_length])
-        for inputs, targets in itertools.islice(reader.tokens(epoch), count)
+        for inputs, targets in filter(None, itertools.islice(reader.tokens(epoch), count))
         if len(inputs) and len(targets)
     ]
 
 
 def _lengths(
     config: DataConfig,
-    names: Sequence[str],
-    excluded: Exclusions,
+    readers: Sequence[TaskReader],
     prompt: Sequence[int],
     seconds: float,
+    shards: int,
 ) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
     """Lengths [examples, 2] of inputs and targets, of the tasks that time sufficed for.
 
     And the names of those without tokens in the examples read.
     """
-    count = min(_MOST, max(_LEAST, _MEASURED // max(1, len(names))))
+    count = min(_MOST, max(_LEAST, _MEASURED // max(1, len(readers))))
     found: dict[str, np.ndarray] = {}
     empty = []
     spent = 0.0
-    for name in names:
-        reader = task_reader(name, config, excluded)
+    for reader in readers:
         if spent >= seconds and not reader.without_tensorflow:
             continue
         start = time.monotonic()
-        examples = first_examples(reader, config, count, prompt)
+        examples = first_examples(reader, config, count, prompt, shards)
         if examples:
             pairs = [(len(example.inputs), len(example.targets)) for example in examples]
             found[reader.task.name] = np.array(pairs)
         else:
-            empty.append(name)
+            empty.append(reader.task.name)
         spent += 0.0 if reader.without_tensorflow else time.monotonic() - start
     return found, tuple(sorted(empty))
 

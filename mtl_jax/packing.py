@@ -20,9 +20,10 @@ COUNTERS = (
     "truncated_targets",
     "longest_input",
     "longest_target",
+    "corrupt",
 )
-# The last two are maxima, the others sums.
-_MAXIMA = 6
+# The two longest are maxima, the others sums.
+_MAXIMA = slice(6, 8)
 _DRAWS_AT_ONCE = 1024
 _SAME_ORDER = 16  # batches for which `BlockDraws` keeps an order
 _GOLDEN = 0x9E3779B97F4A7C15  # the golden ratio, as a part of 2**64
@@ -314,5 +315,5 @@ def count(
 def add_counters(parts: Sequence[np.ndarray]) -> np.ndarray:
     """Joins the counters [N, C] of several shards."""
     joined_NC = np.sum(parts, axis=0)
-    joined_NC[:, _MAXIMA:] = np.max(parts, axis=0)[:, _MAXIMA:]
+    joined_NC[:, _MAXIMA] = np.max(parts, axis=0)[:, _MAXIMA]
     return joined_NC

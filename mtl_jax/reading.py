@@ -10,6 +10,8 @@ TensorFlow runs at all.
 
 import functools
 import inspect
+import itertools
+import logging
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,9 +24,11 @@ import tensorflow as tf
 from mtl_jax import caching
 from mtl_jax.errors import UserError
 from mtl_jax.overlap import fingerprint
+from mtl_jax.sources import RowsDataSource
 from mtl_jax.vocabulary import TokenizerVocabulary
 
 SIDES = ("inputs", "targets")
+_log = logging.getLogger(__name__)
 _TEXT = "inputs_pretokenized"
 _NOTHING = np.zeros(0, np.int32)
 _CHUNK = 16  # elements that cross from TensorFlow to Python together
@@ -59,6 +63,7 @@ class TaskReader:
         lengths: Mapping[str, int],
         use_cached: bool = False,
         excluded: Collection[str] = (),
+        most_corrupt: int = 0,
     ):
         """Looks at the task's preprocessors; opens nothing.
 
@@ -67,6 +72,8 @@ class TaskReader:
             lengths: given to preprocessors that ask for `sequence_length`.
             use_cached: read SeqIO's offline cache; a task that cannot have one is read as ever.
             excluded: fingerprints of inputs (`overlap.fingerprint`) that `tokens` gives no tokens.
+            most_corrupt: records that each pass of `tokens` may leave out because TensorFlow or a
+                preprocessor fails on them.
 
         Raises:
             UserError: the task has not the two sides an encoder-decoder needs, or no cache.
@@ -79,6 +86,7 @@ class TaskReader:
             )
         self.task = task
         self._excluded = frozenset(excluded)
+        self._most_corrupt = most_corrupt
         self._lengths = {side: lengths[side] for side in SIDES}
         self.cached = use_cached and caching.check(task)
         self._as_seqio = type(task) is not seqio.Task
@@ -98,6 +106,12 @@ class TaskReader:
         """Whether the task is read in Python alone, which is quick to open."""
         in_python = bool(self._encoders) and not self._steps and not self.cached
         return in_python and hasattr(self.task.source, "examples")
+
+    def first_apart(self, split: str, shards: int) -> seqio.ShardInfo | None:
+        """The first of so many shards, where it is read without the rows of others; or None."""
+        first = seqio.ShardInfo(0, shards)
+        ours = not self.cached and isinstance(self.task.source, RowsDataSource)
+        return first if ours and self.task.source.apart(split, first) else None
 
     def eos_after_trim(self, side: str) -> int | None:
         """Returns the EOS that ends a side even after trimming, None where trimming cuts it off."""
@@ -124,16 +138,21 @@ class TaskReader:
             side: functools.partial(encode, feature=features[side], eos=eos) for side in SIDES
         }
 
-    def tokens(self, epoch: Epoch) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def tokens(self, epoch: Epoch) -> Iterator[tuple[np.ndarray, np.ndarray] | None]:
         """Yields `(inputs, targets)`, int32 of any length, from example `epoch.start` on.
 
-        An excluded example comes with both sides empty, so that it counts in positions.
+        An excluded example comes with both sides empty, and for a corrupt record that is left out
+        comes None, so that they count in positions.
 
         Raises:
-            UserError: what a source or preprocessor of ours found wrong, also inside TensorFlow.
+            UserError: what a source or preprocessor of ours found wrong, also inside TensorFlow;
+                too many corrupt records.
         """
         inputs_of, targets_of = (self._encoders.get(side, _as_int32) for side in SIDES)
-        for example in self._examples(epoch, whole=False):
+        for example in self._examples(epoch, whole=False, most_corrupt=self._most_corrupt):
+            if example is None:
+                yield None
+                continue
             if self._excluded and _fingerprint(example) in self._excluded:
                 yield _NOTHING, _NOTHING
                 continue
@@ -145,7 +164,7 @@ class TaskReader:
 
     def numbered(self, epoch: Epoch) -> Iterator[tuple[int | None, dict[str, Any]]]:
         """Yields the number of the row, where a cache has it, and the example with all fields."""
-        for example in self._examples(epoch, whole=True):
+        for example in filter(None, self._examples(epoch, whole=True)):
             example = {name: _python(value) for name, value in example.items()}
             number = example.pop(caching.ROW, None)
             for side, encoder in self._encoders.items():
@@ -155,7 +174,7 @@ class TaskReader:
 
     def texts(self, epoch: Epoch) -> Iterator[tuple[str, str, str]]:
         """Yields `(inputs, targets, fingerprint of the inputs)` of all examples, as texts."""
-        for example in self._examples(epoch, whole=False):
+        for example in filter(None, self._examples(epoch, whole=False)):
             inputs, targets = (self._text(side, example[side]) for side in SIDES)
             yield inputs, targets, _fingerprint(example)
 
@@ -164,7 +183,10 @@ class TaskReader:
             return value.decode() if isinstance(value, bytes) else value
         return self.task.output_features[side].vocabulary.decode([int(token) for token in value])
 
-    def _examples(self, epoch: Epoch, whole: bool) -> Iterator[Mapping[str, Any]]:
+    def _examples(
+        self, epoch: Epoch, whole: bool, most_corrupt: int = 0
+    ) -> Iterator[Mapping[str, Any] | None]:
+        """The examples from `epoch.start` on, None for a record that is left out."""
         if self.without_tensorflow:
             yield from self.task.source.examples(
                 epoch.split, epoch.shuffle, epoch.seed, epoch.shard_info, start=epoch.start
@@ -180,13 +202,49 @@ class TaskReader:
                     f"Task {self.task.name!r}: after its preprocessors the {side} {found}, but a "
                     f"tensor of rank {rank} is needed."
                 )
+        if most_corrupt:
+            # From the first on, as records that are left out count in the position.
+            tolerant = self._tolerant(dataset, epoch.split, most_corrupt)
+            yield from itertools.islice(tolerant, epoch.start, None)
+            return
         dataset = dataset.skip(epoch.start) if epoch.start else dataset
         try:
             yield from (
                 dataset.as_numpy_iterator() if whole else _chunks(dataset, self._crossing(dataset))
             )
         except tf.errors.OpError as error:
-            raise _understood(error, self.task.name) from error
+            raise _understood(error, self.task.name, self._damaged(epoch.split, error)) from error
+
+    def _tolerant(
+        self, dataset: tf.data.Dataset, split: str, most: int
+    ) -> Iterator[Mapping[str, Any] | None]:
+        """One example at a time, as TensorFlow would drop a whole chunk; None for a corrupt one."""
+        examples, corrupt = dataset.as_numpy_iterator(), 0
+        while True:
+            try:
+                example = next(examples, None)
+            except tf.errors.OpError as error:
+                found = _understood(error, self.task.name, self._damaged(split, error))
+                if corrupt == most:
+                    raise UserError(
+                        f"Task {self.task.name!r}: {corrupt} corrupt records were left out of this "
+                        "pass, as many as Data.max_corrupt allows, and there is one more (above). "
+                        "Mend the data, or allow more."
+                    ) from found
+                corrupt += 1
+                _log.warning("left out corrupt record %d (at most %d): %s", corrupt, most, found)
+                yield None
+                continue
+            if example is None:
+                return
+            yield example
+
+    def _damaged(self, split: str, error: tf.errors.OpError) -> str:
+        """The files of the task in which TensorFlow finds damage of this kind, as it names none."""
+        if not isinstance(error, tf.errors.DataLossError):
+            return ""
+        source = caching.source(self.task, split) if self.cached else self.task.source
+        return ", ".join(filter(_is_damaged, source.list_shards(split=split)))
 
     def _crossing(self, dataset: tf.data.Dataset) -> tuple[str, ...]:
         """The fields that are read for training: the sides and, of cached tokens, their text."""
@@ -305,11 +363,25 @@ def _chunks(dataset: tf.data.Dataset, names: Sequence[str]) -> Iterator[Mapping[
             yield example
 
 
-def _understood(error: tf.errors.OpError, task: str) -> Exception:
+def _is_damaged(path: str) -> bool:
+    try:
+        for _ in tf.data.TFRecordDataset(path):
+            pass
+    except tf.errors.OpError as error:
+        return isinstance(error, tf.errors.DataLossError)
+    return False
+
+
+def _understood(error: tf.errors.OpError, task: str, damaged: str) -> Exception:
     """Finds the UserError that a Python function raised inside TensorFlow, else names the task."""
     found = re.search(r"UserError: (.*?)(?:\n|$)", str(error))
     if found:
         return UserError(found.group(1).strip())
+    if damaged:
+        return UserError(
+            f"Task {task!r}: damaged records, and with each what follows in its file, in {damaged} "
+            f"({error.message})."
+        )
     error.add_note(f"while reading the task {task!r}")
     return error
 

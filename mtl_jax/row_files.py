@@ -1,8 +1,12 @@
-"""Files of rows: JSONL, TSV and Parquet to dictionaries; a line that cannot be read is named."""
+"""Files of rows: JSONL, TSV and Parquet to dictionaries; a line that cannot be read is named.
+
+What is wrong with a row ends the reading, or leaves the row out: `tolerate` says of how many.
+"""
 
 import functools
 import gzip
 import json
+import logging
 import os
 import pathlib
 import zlib
@@ -14,23 +18,83 @@ from mtl_jax.errors import UserError, suggest
 
 Example = dict[str, Any]
 
+# Which rows are read: those of number i, from 1 on, with i % n = k, as (k, n).
+Share = tuple[int, int]
+ALL: Share = (0, 1)
+
+_log = logging.getLogger(__name__)
+_tolerance: tuple[str, int] = ("", 0)
+
 
 @dataclass(frozen=True)
 class Corrupt:
-    """In the place of a row: what is wrong with its line, file and number included."""
+    """In the place of a row.
+
+    Attributes:
+        reason: what is wrong with its line, file and number included.
+        rest: whether all that follows in the file is lost with it.
+    """
 
     reason: str
+    rest: bool = False
 
 
-def read_rows(path: str | os.PathLike[str]) -> Sequence[tuple[str, Example]]:
+def tolerate(split: str, rows: int) -> None:
+    """Lets each reading of files leave out so many corrupt rows of a split; of others none."""
+    global _tolerance
+    _tolerance = split, rows
+
+
+def tolerated(split: str) -> int:
+    """Returns how many corrupt rows of a split a reading may leave out."""
+    return _tolerance[1] if _tolerance[0] == split else 0
+
+
+class LeftOut:
+    """The corrupt rows of one reading, each named in a warning, up to a bound.
+
+    Attributes:
+        counts: how many there were, by file.
+    """
+
+    def __init__(self, most: int):
+        self.counts: dict[str, int] = {}
+        self._most = most
+
+    def add(self, path: str, error: UserError) -> None:
+        """Leaves out one more row of a file.
+
+        Raises:
+            UserError: the given one, where no row may be left out; that there are too many.
+        """
+        if not self._most:
+            raise error
+        before = sum(self.counts.values())
+        if before == self._most:
+            raise UserError(
+                f"{error} {before} rows before it are corrupt, too, and were left out: as many "
+                "as Data.max_corrupt allows. Mend the file, or allow more."
+            ) from error
+        self.counts[path] = self.counts.get(path, 0) + 1
+        _log.warning("left out corrupt row %d (at most %d): %s", before + 1, self._most, error)
+
+
+def read_rows(
+    path: str | os.PathLike[str], left_out: LeftOut | None = None
+) -> Sequence[tuple[str, Example]]:
     """Reads a file by its ending; returns `("line 7" or "row 7", row)`, each a new dictionary.
 
     The endings are those of `ROW_FILES`. The fields of a TSV file are texts, its first line names
     them; JSONL and Parquet may hold anything.
 
+    Args:
+        path: of the file.
+        left_out: takes the corrupt rows; None: there must be none.
+
     Raises:
         UserError: another ending, no such file, or one that cannot be read.
     """
+    left_out = left_out or LeftOut(0)
     name = os.fspath(path)
     for ending, read in ROW_FILES.items():
         if name.endswith(ending):
@@ -38,17 +102,18 @@ def read_rows(path: str | os.PathLike[str]) -> Sequence[tuple[str, Example]]:
             rows = []
             for number, row in parsed(name, stamp(name), read):
                 if isinstance(row, Corrupt):
-                    raise UserError(row.reason)
-                rows.append((f"{unit} {number}", dict(row)))
+                    left_out.add(name, UserError(row.reason))
+                else:
+                    rows.append((f"{unit} {number}", dict(row)))
             return rows
     raise UserError(f"Data file {name}: its name must end with {', '.join(ROW_FILES)}.")
 
 
 def count_rows(path: str | os.PathLike[str]) -> int:
-    """Returns how many rows `read_rows` gives, without parsing them.
+    """Returns how many rows `read_rows` gives where all are in order, without parsing them.
 
     Raises:
-        UserError: no such file, or one that cannot be read.
+        UserError: no such file, or one that cannot be read to its end.
     """
     name = os.fspath(path)
     return _counted(name, stamp(name))
@@ -59,9 +124,16 @@ def _counted(path: str, stamp: tuple[int, int]) -> int:
     del stamp
     if path.endswith(".parquet"):
         return _open_parquet(path).metadata.num_rows
-    if path.endswith((".tsv", ".tsv.gz")):
-        return max(sum(bool(line) for _, line in _lines(path)) - 1, 0)  # one names the columns
-    return sum(isinstance(line, Corrupt) or bool(line.strip()) for _, line in _lines(path))
+    table = path.endswith((".tsv", ".tsv.gz"))
+    count = 0
+    for _, line in lines(path):
+        if isinstance(line, Corrupt):
+            if line.rest:
+                raise UserError(line.reason)
+            count += 1
+        else:
+            count += bool(line.rstrip("\n") if table else line.strip())
+    return max(count - 1, 0) if table else count  # one names the columns
 
 
 def stamp(path: str) -> tuple[int, int]:
@@ -92,24 +164,36 @@ def parsed(
     return read(path, *options)
 
 
-def _lines(path: str) -> Iterator[tuple[int, str | Corrupt]]:
-    """Yields `(number, line)` of a text file, plain or gzip, without line ends."""
+def lines(path: str) -> Iterator[tuple[int, str | Corrupt]]:
+    """Yields `(number, line)` of a text file, plain or gzip; a line ends with LF or with nothing.
+
+    Raises:
+        UserError: the file cannot be read, for another reason than its own damage.
+    """
+    number = 0
     try:
         opened = gzip.open if path.endswith(".gz") else open
-        with opened(path, "rb") as lines:
-            for number, line in enumerate(lines, 1):
+        with opened(path, "rb") as file:
+            for number, line in enumerate(file, 1):
                 try:
-                    yield number, line.decode("utf-8").rstrip("\r\n")
+                    yield number, line.decode("utf-8").replace("\r\n", "\n")
                 except UnicodeDecodeError as error:
                     yield number, Corrupt(f"{path}, line {number}: not UTF-8 ({error}).")
-    except (OSError, EOFError, zlib.error) as error:
+    # Damage, and no failing disk or network: that is for whoever starts the run again.
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        reason = f"Data file {path} cannot be read from line {number + 1} on: {error}."
+        yield number + 1, Corrupt(reason, rest=True)
+    except OSError as error:
         raise UserError(f"Data file {path} cannot be read: {error}.") from error
 
 
-def read_jsonl(path: str) -> list[tuple[int, Example | Corrupt]]:
+def read_jsonl(path: str, share: Share = ALL) -> list[tuple[int, Example | Corrupt]]:
     """Returns `(line number, row)` of one JSON object a line; blank lines are passed over."""
     rows: list[tuple[int, Example | Corrupt]] = []
-    for number, line in _lines(path):
+    index, count = share
+    for number, line in lines(path):
+        if number % count != index:
+            continue
         if isinstance(line, Corrupt):
             rows.append((number, line))
         elif line.strip():
@@ -132,19 +216,28 @@ def _json_object(line: str, where: str) -> Example | Corrupt:
     return Corrupt(f"{where}: a JSON object is needed, not {line.strip()[:40]}.")
 
 
-def read_tsv(path: str, columns: Sequence[str] = ()) -> list[tuple[int, Example | Corrupt]]:
+def read_tsv(
+    path: str, share: Share = ALL, columns: Sequence[str] = ()
+) -> list[tuple[int, Example | Corrupt]]:
     """Returns `(line number, row)`; the first line names the columns where `columns` does not."""
     rows: list[tuple[int, Example | Corrupt]] = []
-    for number, line in _lines(path):
+    found = lines(path)
+    if not columns:
+        titles = next((line for _, line in found if line != "\n"), "")
+        if isinstance(titles, Corrupt):
+            raise UserError(titles.reason)
+        columns = titles.rstrip("\n").split("\t")
+    index, count = share
+    for number, line in found:
+        if number % count != index:
+            continue
         if isinstance(line, Corrupt):
             rows.append((number, line))
             continue
-        if not line:
+        if not (text := line.rstrip("\n")):
             continue
-        values = line.split("\t")
-        if not columns:
-            columns = values
-        elif len(values) == len(columns):
+        values = text.split("\t")
+        if len(values) == len(columns):
             rows.append((number, dict(zip(columns, values, strict=True))))
         else:
             reason = (
@@ -165,16 +258,28 @@ def _open_parquet(path: str) -> Any:
         raise UserError(f"Data file {path} cannot be read: {error}.") from error
 
 
-def read_parquet(path: str) -> list[tuple[int, Example | Corrupt]]:
-    """Returns `(row number, row)` from 1 on."""
+def read_parquet(path: str, share: Share = ALL) -> list[tuple[int, Example | Corrupt]]:
+    """Returns `(row number, row)` from 1 on; a damaged row group is as many corrupt rows."""
     import pyarrow
 
+    found: list[tuple[int, Example | Corrupt]] = []
+    index, count = share
+    before = 0
     with _open_parquet(path) as file:
-        try:
-            return list(enumerate(file.read().to_pylist(), 1))
-        # Text that is not UTF-8 is an error of Python's.
-        except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
-            raise UserError(f"Data file {path} cannot be read: {error}.") from error
+        for group in range(file.num_row_groups):
+            size = file.metadata.row_group(group).num_rows
+            own = [i for i in range(size) if (before + i + 1) % count == index]
+            numbers = [before + i + 1 for i in own]
+            before += size
+            try:
+                rows = file.read_row_group(group).take(own).to_pylist() if own else []
+            # Text that is not UTF-8 is an error of Python's.
+            except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
+                reason = " ".join(str(error).split()).rstrip(".")
+                lost = Corrupt(f"Data file {path} cannot be read: row group {group}: {reason}.")
+                rows = [lost] * len(own)
+            found += zip(numbers, rows, strict=True)
+    return found
 
 
 # What `read_rows` reads, by the ending of the file's name.

@@ -69,7 +69,7 @@ class _TaskCursor:
         self._shard = shard
         self.epoch = self.offset = 0
         self._usable = False
-        self._stream: Iterator[tuple[np.ndarray, np.ndarray]] | None = None
+        self._stream: Iterator[tuple[np.ndarray, np.ndarray] | None] | None = None
 
     @property
     def position(self) -> tuple[int, int, bool]:
@@ -81,7 +81,7 @@ class _TaskCursor:
         self._usable = offset > 0
         self._stream = None
 
-    def next(self, skipped: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def next(self, counters_C: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns the next example with tokens on both sides and counts those without.
 
         Raises:
@@ -90,12 +90,16 @@ class _TaskCursor:
         while True:
             if self._stream is None:
                 self._stream = self._open()
-            for inputs, targets in self._stream:
+            for example in self._stream:
                 self.offset += 1
+                if example is None:
+                    counters_C[COUNTERS.index("corrupt")] += 1
+                    continue
+                inputs, targets = example
                 if len(inputs) and len(targets):
                     self._usable = True
                     return inputs, targets
-                skipped[COUNTERS.index("skipped")] += 1
+                counters_C[COUNTERS.index("skipped")] += 1
             if not self._usable and not self._whole and self._shard.num_shards > 1:
                 # The prompt left out all rows of this part: let it read what the others read.
                 self._whole, self.offset, self._stream = True, 0, None
@@ -113,7 +117,7 @@ class _TaskCursor:
         shards = self._shard.num_shards
         return f" (shard {self._shard.index} of {shards})" if shards > 1 else ""
 
-    def _open(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def _open(self) -> Iterator[tuple[np.ndarray, np.ndarray] | None]:
         # All shards shuffle alike, or together they would not read every example once.
         label = f"{self._config.seed}/{self.name}/{self.epoch}"
         if self._whole:
@@ -258,7 +262,7 @@ class Shard:
         self._owned_drawn = list(saved.get("owned_drawn", self._owned_drawn))
         self._counters_NC[:] = 0
         for name, row in saved["counters"].items():
-            self._counters_NC[numbers[name]] = row
+            self._counters_NC[numbers[name], : len(row)] = row  # older ones have fewer counters
 
 
 def _waiting_as_json(waiting: Sequence[Waiting], names: Mapping[int, str]) -> dict[str, Any]:

@@ -2,12 +2,13 @@
 
     seqio.TaskRegistry.add("my_task", JsonlDataSource({"train": "train.jsonl.gz"}), ...)
 
-The rows are held in memory; for files beyond that SeqIO's own TextLineDataSource or
-TFExampleDataSource read in the streaming way.
+The rows are held in memory, of a training split of many files only those of the own files (see
+`FileRowsDataSource`); for data beyond that SeqIO's own TextLineDataSource or TFExampleDataSource
+read in the streaming way.
 """
 
 import abc
-import logging
+import dataclasses
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -16,8 +17,21 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
+from mtl_jax import processes
 from mtl_jax.errors import UserError, suggest
-from mtl_jax.row_files import Corrupt, Example, parsed, read_jsonl, read_parquet, read_tsv, stamp
+from mtl_jax.row_files import (
+    ALL,
+    Corrupt,
+    Example,
+    LeftOut,
+    Share,
+    parsed,
+    read_jsonl,
+    read_parquet,
+    read_tsv,
+    stamp,
+    tolerated,
+)
 
 # TensorFlow only reads and prepares text here: it must never reserve an accelerator's memory.
 tf.config.set_visible_devices([], "GPU")
@@ -25,12 +39,11 @@ tf.config.set_visible_devices([], "TPU")
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
-_log = logging.getLogger(__name__)
 _DTYPES = {"str": tf.string, "int": tf.int64, "float": tf.float32, "bool": tf.bool}
 
 
 class RowsDataSource(seqio.DataSource):
-    """Rows in memory: sharded by index, shuffled as a whole.
+    """Rows in memory: sharded by index or by file, shuffled as a whole.
 
     `examples` gives the rows to Python without any TensorFlow; the training stream uses it where
     no TensorFlow preprocessor stands before the tokenizer.
@@ -69,14 +82,30 @@ class RowsDataSource(seqio.DataSource):
         del split
         return 0
 
-    def order(
-        self, split: str, shuffle: bool, seed: int | None, shard_info: seqio.ShardInfo | None
-    ) -> np.ndarray:
-        """Returns the row numbers of a shard (row i is in shard i % n) in the order of reading."""
-        count = len(self.rows(split))
+    def corrupt(self, split: str, shards: Sequence[seqio.ShardInfo]) -> Mapping[str, int]:
+        """Returns how many corrupt rows were left out of these shards' files, by file."""
+        del split, shards
+        return {}
+
+    def apart(self, split: str, shard_info: seqio.ShardInfo | None) -> bool:
+        """Whether a shard is read without the rows of others."""
+        del split, shard_info
+        return False
+
+    def share(
+        self, split: str, shard_info: seqio.ShardInfo | None
+    ) -> tuple[Sequence[Example], np.ndarray]:
+        """Returns rows, and the numbers [N] of those in a shard: row i is in shard i % n."""
+        rows = self.rows(split)
         shard = shard_info or seqio.ShardInfo(0, 1)
-        order_N = np.arange(shard.index, count, shard.num_shards)
-        return np.random.default_rng(seed).permutation(order_N) if shuffle else order_N
+        return rows, np.arange(shard.index, len(rows), shard.num_shards)
+
+    def drawn(
+        self, split: str, shuffle: bool, seed: int | None, shard_info: seqio.ShardInfo | None
+    ) -> tuple[Sequence[Example], np.ndarray]:
+        """As `share`, the numbers in the order of reading."""
+        rows, order_N = self.share(split, shard_info)
+        return rows, np.random.default_rng(seed).permutation(order_N) if shuffle else order_N
 
     def examples(
         self,
@@ -87,8 +116,8 @@ class RowsDataSource(seqio.DataSource):
         start: int = 0,
     ) -> Iterator[Example]:
         """Yields the examples of `get_dataset`, in the same order, from the `start`-th on."""
-        rows = self.rows(split)
-        return (rows[i] for i in self.order(split, shuffle, seed, shard_info)[start:])
+        rows, order_N = self.drawn(split, shuffle, seed, shard_info)
+        return (rows[i] for i in order_N[start:])
 
     def get_dataset(
         self,
@@ -99,10 +128,10 @@ class RowsDataSource(seqio.DataSource):
         **unused_by_rows: Any,
     ) -> tf.data.Dataset:
         """Returns a dataset of dictionaries: scalars, or 1-D tensors where the field is a list."""
-        rows = self.rows(split)
-        order_N = self.order(split, shuffle, seed, shard_info)
+        rows, order_N = self.drawn(split, shuffle, seed, shard_info)
         if not rows:
-            raise UserError(f"{self}: split {split!r} has no rows.")
+            shard = f" in the files of shard {shard_info.index}" if shard_info else ""
+            raise UserError(f"{self}: split {split!r} has no rows{shard}.")
         return tf.data.Dataset.from_tensor_slices(
             {name: _column(rows, order_N, name) for name in rows[0]}
         )
@@ -137,8 +166,29 @@ def _kind(value: Any) -> str:
     return ""
 
 
+@dataclasses.dataclass(frozen=True)
+class _Read:
+    """Rows of files read together.
+
+    Attributes:
+        rows: the examples.
+        numbers: of each in its file.
+        left_out: the corrupt ones.
+    """
+
+    rows: list[Example]
+    numbers: list[int]
+    left_out: LeftOut
+
+
 class FileRowsDataSource(RowsDataSource):
-    """What sources of files share: paths, the cache of parsed files, the check of fields."""
+    """What sources of files share: paths, the cache of parsed files, the check of fields.
+
+    Where `num_input_examples` is given, a process reads its shard of a split alone: every n-th file
+    if there are at least as many files as shards, as with SeqIO's own sources; else every n-th line
+    of each, passing over the others unread. Where it is not, all rows are read and counted, and a
+    shard is every n-th of them.
+    """
 
     unit = "line"  # what the numbers of `read_file` count
 
@@ -146,6 +196,7 @@ class FileRowsDataSource(RowsDataSource):
         self,
         split_to_path: Mapping[str, Paths],
         example: Callable[[Example], Example | None] | None = None,
+        num_input_examples: Mapping[str, int] | None = None,
     ):
         """Names the files; they are read on first use.
 
@@ -153,6 +204,11 @@ class FileRowsDataSource(RowsDataSource):
             split_to_path: split to a file or several; `.gz` is decompressed.
             example: plain Python from a row to an example (`{"inputs": ..., "targets": ...}`), or
                 to None, which drops the row. None keeps every row as it is.
+            num_input_examples: split to number of examples, for mixing rates; where it is not
+                given, all files are read to know it.
+
+        Raises:
+            UserError: `num_input_examples` is of a split that there is not, or not positive.
         """
         super().__init__(tuple(split_to_path))
         self._paths = {
@@ -160,25 +216,57 @@ class FileRowsDataSource(RowsDataSource):
             for split, paths in split_to_path.items()
         }
         self._example = example
-        self._rows: dict[str, list[Example]] = {}
-        self._corrupt: dict[str, int] = {}  # rows left out, by split
-        self._tolerated: tuple[str, int] = ("", 0)
+        self._counts = dict(num_input_examples or {})
+        for split, count in self._counts.items():
+            if split not in self._paths or count < 1:
+                raise UserError(
+                    f"{self}: num_input_examples[{split!r}] = {count!r} must be a positive number "
+                    f"of one of the splits {', '.join(self._paths)}."
+                )
+        # By files read together, and how many of their rows might be left out.
+        self._reads: dict[tuple[Any, ...], _Read] = {}
 
-    def tolerate(self, split: str, rows: int) -> None:
-        """Lets so many corrupt rows of a split be left out, each with a warning; of others none."""
-        if (split, rows) != self._tolerated:
-            self._tolerated = split, rows
-            self._rows.clear()
-            self._corrupt.clear()
+    def num_input_examples(self, split: str) -> int:
+        """Returns the number of examples as it was given, else of the rows."""
+        return self._counts[split] if split in self._counts else len(self.rows(split))
 
-    def corrupt(self, split: str) -> int:
-        """Returns how many corrupt rows of a split were left out; reads it if need be."""
-        self.rows(split)
-        return self._corrupt[split]
+    def corrupt(self, split: str, shards: Sequence[seqio.ShardInfo]) -> Mapping[str, int]:
+        """Returns how many corrupt rows were left out of these shards' files, by file.
+
+        Reads them if need be.
+        """
+        return {
+            path: count
+            for shard in shards
+            for path, count in self._read(split, shard).left_out.counts.items()
+        }
+
+    def list_shards(self, split: str) -> Sequence[str]:
+        """Returns the parts that workers of SeqIO's caching job write: files, or the split."""
+        return [*map(str, self._paths[split])] if split in self._counts else [split]
+
+    def apart(self, split: str, shard_info: seqio.ShardInfo | None) -> bool:
+        """Whether a shard is read without the rows of others."""
+        return shard_info is not None and shard_info.num_shards > 1 and split in self._counts
+
+    def share(
+        self, split: str, shard_info: seqio.ShardInfo | None
+    ) -> tuple[Sequence[Example], np.ndarray]:
+        """Returns rows, and the numbers [N] of those in a shard."""
+        if shard_info is None or not self.apart(split, shard_info):
+            return super().share(split, shard_info)
+        read = self._read(split, shard_info)
+        numbers_N = np.array(read.numbers, int)
+        if not self._file_by_file(split, shard_info):
+            return read.rows, np.flatnonzero(numbers_N % shard_info.num_shards == shard_info.index)
+        return read.rows, np.arange(len(numbers_N))
+
+    def _file_by_file(self, split: str, shard_info: seqio.ShardInfo) -> bool:
+        return shard_info.num_shards <= len(self._paths[split])
 
     @abc.abstractmethod
-    def read_file(self, path: str) -> Sequence[tuple[int, Example | Corrupt]]:
-        """Returns `(line number, row)` of one file."""
+    def read_file(self, path: str, share: Share) -> Sequence[tuple[int, Example | Corrupt]]:
+        """Returns `(line number, row)` of a share of one file."""
 
     def __str__(self) -> str:
         return f"{type(self).__name__}({ {k: [*map(str, v)] for k, v in self._paths.items()} })"
@@ -190,38 +278,38 @@ class FileRowsDataSource(RowsDataSource):
             UserError: no such split or file, a malformed line, a row on which `example` fails, or
                 rows of different fields.
         """
+        return self._read(split, None).rows
+
+    def _read(self, split: str, shard_info: seqio.ShardInfo | None) -> _Read:
+        """The rows of all files, or at least those of a shard that is read apart."""
         if split not in self._paths:
             raise UserError(
                 f"{self}: no split {split!r}; it has {', '.join(self._paths)}."
                 f"{suggest(split, self._paths)}"
             )
-        if split not in self._rows:
-            found: list[Example] = []
-            wrong: list[UserError] = []
-            for path in [os.fspath(path) for path in self._paths[split]]:
-                for number, row in self.read_file(path):
+        paths, share = [os.fspath(path) for path in self._paths[split]], ALL
+        if shard_info is not None and self.apart(split, shard_info):
+            if self._file_by_file(split, shard_info):
+                paths = paths[shard_info.index :: shard_info.num_shards]
+            # A process that is alone reads all shards, so it goes through the files but once.
+            elif processes.several():
+                share = shard_info.index, shard_info.num_shards
+        key = split, *paths, share, tolerated(split)
+        if key not in self._reads:
+            read = _Read([], [], LeftOut(tolerated(split)))
+            for path in paths:
+                for number, row in self.read_file(path, share):
                     try:
                         example = self._make(row, f"{path}, {self.unit} {number}")
                         if example is not None:
-                            self._check(example, found, f"{path}, {self.unit} {number}")
-                            found.append(example)
+                            self._check(example, read.rows, f"{path}, {self.unit} {number}")
+                            read.rows.append(example)
+                            read.numbers.append(number)
                     except UserError as error:
-                        wrong.append(error)
-                        self._leave_out(split, wrong)
-            self._rows[split], self._corrupt[split] = found, len(wrong)
-        return self._rows[split]
-
-    def _leave_out(self, split: str, wrong: Sequence[UserError]) -> None:
-        """Warns of the newest corrupt row, or raises it where no more may be left out."""
-        tolerated_split, most = self._tolerated
-        if tolerated_split != split or not most:
-            raise wrong[-1]
-        if len(wrong) > most:
-            raise UserError(
-                f"{wrong[-1]} {most} rows before it are corrupt, too, and were left out: as many "
-                "as Data.max_corrupt allows. Mend the file, or allow more."
-            ) from wrong[-1]
-        _log.warning("left out corrupt row %d (at most %d): %s", len(wrong), most, wrong[-1])
+                        # Processes with other lines of the file have other corrupt ones.
+                        read.left_out.add(path if share == ALL else f"{path} {share}", error)
+            self._reads[key] = read
+        return self._reads[key]
 
     def _make(self, row: Example | Corrupt, where: str) -> Example | None:
         if isinstance(row, Corrupt):
@@ -288,9 +376,9 @@ def _is_text(value: str) -> bool:
 class JsonlDataSource(FileRowsDataSource):
     """One JSON object a line, plain or gzip; see `FileRowsDataSource`."""
 
-    def read_file(self, path: str) -> Sequence[tuple[int, Example | Corrupt]]:
+    def read_file(self, path: str, share: Share) -> Sequence[tuple[int, Example | Corrupt]]:
         """Returns `(line number, row)` of one file; blank lines are passed over."""
-        return parsed(path, stamp(path), read_jsonl)
+        return parsed(path, stamp(path), read_jsonl, share)
 
 
 class TsvDataSource(FileRowsDataSource):
@@ -304,13 +392,14 @@ class TsvDataSource(FileRowsDataSource):
         split_to_path: Mapping[str, Paths],
         example: Callable[[Example], Example | None] | None = None,
         columns: Sequence[str] = (),
+        num_input_examples: Mapping[str, int] | None = None,
     ):
-        super().__init__(split_to_path, example)
+        super().__init__(split_to_path, example, num_input_examples)
         self._columns = tuple(columns)
 
-    def read_file(self, path: str) -> Sequence[tuple[int, Example | Corrupt]]:
+    def read_file(self, path: str, share: Share) -> Sequence[tuple[int, Example | Corrupt]]:
         """Returns `(line number, row)` of one file; blank lines are passed over."""
-        return parsed(path, stamp(path), read_tsv, self._columns)
+        return parsed(path, stamp(path), read_tsv, share, self._columns)
 
 
 class ParquetDataSource(FileRowsDataSource):
@@ -318,6 +407,6 @@ class ParquetDataSource(FileRowsDataSource):
 
     unit = "row"
 
-    def read_file(self, path: str) -> Sequence[tuple[int, Example | Corrupt]]:
+    def read_file(self, path: str, share: Share) -> Sequence[tuple[int, Example | Corrupt]]:
         """Returns `(row number, row)` of one file, from 1 on."""
-        return parsed(path, stamp(path), read_parquet)
+        return parsed(path, stamp(path), read_parquet, share)

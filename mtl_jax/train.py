@@ -350,9 +350,10 @@ def describe_run(session: build.Session, argv: list[str]) -> None:
     run.write_json("versions.json", versions())
     params, shardings = session.abstract_state.params, session.shardings.params
     run.write_text("model-info.txt", model_info(params, session.axes, shardings))
-    mixture = build.measured_mixture(session, seconds=2.0)
-    run.write_text("mixture.txt", build.mixture_text(session, mixture))
-    run.write_json("mixture.json", mixture.as_json())
+    if processes.primary():  # others have no part in the files that are read for it
+        mixture = build.measured_mixture(session, seconds=2.0)
+        run.write_text("mixture.txt", build.mixture_text(session, mixture))
+        run.write_json("mixture.json", mixture.as_json())
     run.write_json("method.json", session.method_info())
     for name, content in build.tokenizer_files(session).items():
         run.write_bytes(f"{tokenizer.FOLDER}/{name}", content)

@@ -53,6 +53,7 @@ class PromptedDataSource(RenderedDataSource):
         self._task, self._template, self._variant = task, template, variant
         self._dataset, self._rows, self._fields = about.dataset, about.rows, about.fields
         self._counts, self._count = dict(splits), about.count
+        self._corrupt = about.corrupt
         super().__init__(tuple(splits))
 
     def __str__(self) -> str:
@@ -61,6 +62,11 @@ class PromptedDataSource(RenderedDataSource):
     def num_input_examples(self, split: str) -> int:
         """Returns the number of rows, the ones that render empty included."""
         return self._counts[split] if self._count is None else self._count(split)
+
+    def corrupt(self, split: str, shards: Sequence[seqio.ShardInfo]) -> Mapping[str, int]:
+        """Returns how many corrupt rows of the data set were left out, by file."""
+        del shards  # the rows are read whole
+        return self._corrupt(split) if self._corrupt else {}
 
     def open(self, split: str) -> tuple[int, Write]:
         """Reads the rows of a split; each is rendered when it is asked for."""
@@ -151,6 +157,7 @@ class PromptedTask:
         group: the name under which results are summed up (`TaskInfo.dataset`); empty: `dataset`.
         count: gives the number of rows of a split when it is asked for, so that registering reads
             nothing; `splits` are then names alone.
+        corrupt: gives how many corrupt rows of a split were left out, by file.
     """
 
     dataset: str
@@ -170,6 +177,7 @@ class PromptedTask:
     fields: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
     group: str = ""
     count: Callable[[str], int] | None = None
+    corrupt: Callable[[str], Mapping[str, int]] | None = None
 
     def __post_init__(self) -> None:
         if not self.templates:

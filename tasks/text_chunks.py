@@ -1,10 +1,9 @@
 """Plain text as chunks of tokens: what objectives for pre-training are made of."""
 
 import abc
-import gzip
+import collections
 import itertools
 import os
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ import seqio
 import tensorflow as tf
 
 from mtl_jax.errors import UserError, suggest
+from mtl_jax.row_files import Corrupt, LeftOut, lines, tolerated
 from mtl_jax.sources import Example, RowsDataSource
 from mtl_jax.task_info import describe
 
@@ -24,9 +24,11 @@ class TextChunksSource(RowsDataSource):
 
     The files of a split are tokenized on first use, line by line, joined and cut into chunks of
     `chunk_length`; the last one is shorter. The tokens of a split are held in memory (4 bytes
-    each). What is drawn for a chunk depends on the seed and the chunk's number alone, whatever the
-    order and the shards; without a seed it is that of seed 0. The training stream gives every epoch
-    another seed.
+    each). Where there are at least as many files as shards, a shard is every n-th file, joined and
+    cut by themselves, and others are not read for it; else it is every n-th chunk. What is drawn
+    for a chunk depends on the seed and the chunk alone, whatever the order and the number of
+    processes; without a seed it is that of seed 0. The training stream gives every epoch another
+    seed.
 
     Attributes:
         vocabulary: that the text is tokenized with.
@@ -46,7 +48,8 @@ class TextChunksSource(RowsDataSource):
         self.vocabulary, self.eos_id = vocabulary, int(vocabulary.eos_id)
         self.chunk_length = chunk_length
         self._counts = dict(num_input_examples or {})
-        self._chunks: dict[str, Sequence[Example]] = {}
+        # By files read together, and how many of their lines might be left out.
+        self._read_chunks: dict[tuple[Any, ...], tuple[Sequence[Example], LeftOut]] = {}
 
     @abc.abstractmethod
     def sides(
@@ -72,19 +75,51 @@ class TextChunksSource(RowsDataSource):
                 f"{self}: no split {split!r}; it has {', '.join(self._files)}."
                 f"{suggest(split, self._files)}"
             )
-        if split not in self._chunks:
-            lines = itertools.chain.from_iterable(map(_lines, self._files[split]))
+        return self._read(split, None)[0]
+
+    def corrupt(self, split: str, shards: Sequence[seqio.ShardInfo]) -> Mapping[str, int]:
+        """Returns how many corrupt lines were left out of these shards' files, by file.
+
+        Reads them if need be.
+        """
+        return collections.ChainMap(*(self._read(split, shard)[1].counts for shard in shards))
+
+    def apart(self, split: str, shard_info: seqio.ShardInfo | None) -> bool:
+        """Whether a shard is read without the rows of others: it is then some of the files."""
+        return shard_info is not None and 1 < shard_info.num_shards <= len(self._files[split])
+
+    def share(
+        self, split: str, shard_info: seqio.ShardInfo | None
+    ) -> tuple[Sequence[Example], np.ndarray]:
+        """Returns chunks, and the numbers [N] of those in a shard."""
+        if not self.apart(split, shard_info):
+            return super().share(split, shard_info)
+        chunks, _ = self._read(split, shard_info)
+        return chunks, np.arange(len(chunks))
+
+    def _read(
+        self, split: str, shard_info: seqio.ShardInfo | None
+    ) -> tuple[Sequence[Example], LeftOut]:
+        """The chunks of all files, or of a shard's where it has files of its own."""
+        files = self._files[split]
+        if shard_info is not None and self.apart(split, shard_info):
+            files = files[shard_info.index :: shard_info.num_shards]
+        names, most = tuple(os.fspath(file) for file in files), tolerated(split)
+        if (key := (split, most, names)) not in self._read_chunks:
+            left_out = LeftOut(most)
+            texts = itertools.chain.from_iterable(_lines(name, left_out) for name in names)
             encode = self.vocabulary.encode
             tokens_N = np.fromiter(
-                itertools.chain.from_iterable(encode(line) for line in lines), np.int32
+                itertools.chain.from_iterable(encode(text) for text in texts), np.int32
             )
             starts = range(0, len(tokens_N), self.chunk_length)
             chunks = [tokens_N[start : start + self.chunk_length] for start in starts]
             # A single token left over has nothing to keep or nothing to drop.
-            self._chunks[split] = [{"tokens": chunk} for chunk in chunks if len(chunk) > 1]
-            if not self._chunks[split]:
+            found = [{"tokens": chunk} for chunk in chunks if len(chunk) > 1]
+            if not found and files is self._files[split]:
                 raise UserError(f"{self}: split {split!r} has no text.")
-        return self._chunks[split]
+            self._read_chunks[key] = found, left_out
+        return self._read_chunks[key]
 
     def examples(
         self,
@@ -95,9 +130,12 @@ class TextChunksSource(RowsDataSource):
         start: int = 0,
     ) -> Iterator[Example]:
         """Yields `{"inputs", "targets"}`, int32, from the `start`-th of the shard on."""
-        chunks, seed = self.rows(split), int(seed or 0)
-        for number in self.order(split, shuffle, seed, shard_info)[start:]:
-            generator = np.random.default_rng([seed, number])
+        seed = int(seed or 0)
+        chunks, order_N = self.drawn(split, shuffle, seed, shard_info)
+        # Numbers of chunks are of the own files, so these are told apart.
+        own = [shard_info.index] if shard_info and self.apart(split, shard_info) else []
+        for number in order_N[start:]:
+            generator = np.random.default_rng([seed, *own, number])
             sides = self.sides(chunks[number]["tokens"], generator)
             yield dict(zip(("inputs", "targets"), sides, strict=True))
 
@@ -110,21 +148,22 @@ class TextChunksSource(RowsDataSource):
         **unused_by_chunks: Any,
     ) -> tf.data.Dataset:
         """Returns the examples as a dataset of int32 vectors, made while it is read."""
-        self.rows(split)  # here rather than inside TensorFlow, which would bury a mistake
+        # Here rather than inside TensorFlow, which would bury a mistake.
+        self.share(split, shard_info)
         tokens = {side: tf.TensorSpec([None], tf.int32) for side in ("inputs", "targets")}
         return tf.data.Dataset.from_generator(
             lambda: self.examples(split, shuffle, seed, shard_info), output_signature=tokens
         )
 
 
-def _lines(path: str | os.PathLike[str]) -> Iterator[str]:
-    name = os.fspath(path)
-    try:
-        opened = gzip.open if name.endswith(".gz") else open
-        with opened(name, "rt", encoding="utf-8") as lines:
-            yield from lines
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise UserError(f"Text file {name} cannot be read: {error}.") from error
+def _lines(name: str, left_out: LeftOut) -> Iterator[str]:
+    if not os.path.isfile(name):
+        raise UserError(f"Text file {name} cannot be read: there is no such file.")
+    for _, line in lines(name):
+        if isinstance(line, Corrupt):
+            left_out.add(name, UserError(line.reason))
+        else:
+            yield line
 
 
 def log_likelihood(targets: Sequence[Any], scores: Sequence[float]) -> dict[str, float]:

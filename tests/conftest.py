@@ -23,6 +23,8 @@ os.environ.setdefault(
 import jax
 import pytest
 
+from mtl_jax import row_files
+
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_threefry_partitionable", True)
@@ -60,3 +62,10 @@ def data_folder() -> pathlib.Path:
     if folder is None:
         pytest.skip(reason)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def no_corrupt_rows():
+    """What one test lets files have (`Data.max_corrupt`) is kept for the process."""
+    yield
+    row_files.tolerate("", 0)

@@ -198,7 +198,7 @@ def test_mistakes_are_named(files, tmp_path):
     with pytest.raises(UserError, match=r"none\.txt cannot be read"):
         read(source(files={"train": [tmp_path / "none.txt"]}))
     (tmp_path / "latin.txt").write_bytes("naïve".encode("latin-1"))
-    with pytest.raises(UserError, match=r"latin\.txt cannot be read"):
+    with pytest.raises(UserError, match=r"latin\.txt, line 1: not UTF-8"):
         read(source(files={"train": [tmp_path / "latin.txt"]}))
     (tmp_path / "empty.txt").touch()
     with pytest.raises(UserError, match="split 'train' has no text"):

@@ -24,10 +24,11 @@ STEPS = 6
 VALUES = {"Run__steps": STEPS, "Checkpoint__every": 3, "Data__num_shards": 2}
 
 
-def start_job(folder, count, *, devices=4, program=("-m", "mtl_jax"), **changes):
+def start_job(folder, count, *, devices=4, program=("-m", "mtl_jax"), own=None, **changes):
     """`mtl-jax train` as so many processes with `devices` devices in all.
 
-    Another `program` of Python takes the same flags.
+    Another `program` of Python takes the same flags; `own` gives more of the environment of a
+    process by its number and the number of processes.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -40,7 +41,7 @@ def start_job(folder, count, *, devices=4, program=("-m", "mtl_jax"), **changes)
     return [
         subprocess.Popen(
             [sys.executable, *program, *flags, *job, *[f"--process_id={i}"] * (count > 1)],
-            env=environment,
+            env=environment | (own(i, count) if own else {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -55,6 +56,7 @@ def finish(job, seconds=300):
 
 
 def run(folder, count, **changes):
+    """As `start_job`, to its end."""
     job = start_job(folder, count, **changes)
     said = finish(job)
     assert [process.returncode for process in job] == [0] * count, said

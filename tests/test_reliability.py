@@ -362,7 +362,7 @@ def test_corrupt_rows_are_counted_in_the_stream(tmp_path, monkeypatch):
     left_out, counted = batches(max_corrupt=2)
     assert counted["corrupt"] == 2
     path.write_text("\n".join(rows) + "\n")
-    monkeypatch.setattr(seqio.TaskRegistry.get("reliability_corrupt").source, "_rows", {})
+    monkeypatch.setattr(seqio.TaskRegistry.get("reliability_corrupt").source, "_reads", {})
     mended, counts = batches(max_corrupt=2)
     assert counts == {name: n for name, n in counted.items() if name != "corrupt"}
     for ours, theirs in zip(left_out, mended, strict=True):

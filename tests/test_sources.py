@@ -8,6 +8,7 @@ import pyarrow.parquet
 import pytest
 import seqio
 
+from mtl_jax import row_files
 from mtl_jax.errors import UserError
 from mtl_jax.row_files import count_rows, read_rows
 from mtl_jax.sources import (
@@ -172,7 +173,7 @@ def test_parquet(tmp_path):
     raw = pyarrow.array([b"\xff\xfe"], pyarrow.binary()).buffers()
     text = pyarrow.Array.from_buffers(pyarrow.string(), 1, raw)
     pyarrow.parquet.write_table(pyarrow.table({"text": text}), path)
-    with pytest.raises(UserError, match=r"a\.parquet cannot be read: 'utf-8'"):
+    with pytest.raises(UserError, match=r"a\.parquet cannot be read: row group 0: 'utf-8'"):
         read_rows(path)
 
 
@@ -213,13 +214,13 @@ def test_corrupt_rows_are_named_and_left_out_up_to_a_bound(tmp_path, caplog):
     source = JsonlDataSource({"train": path, "validation": path})
     with pytest.raises(UserError, match=r"a\.jsonl, line 2: not valid JSON"):
         source.rows("train")
-    source.tolerate("train", len(CORRUPT) - 1)
+    row_files.tolerate("train", len(CORRUPT) - 1)
     with pytest.raises(UserError, match=r"line 9: .* 7 rows before it .* Data\.max_corrupt"):
         source.rows("train")
     caplog.clear()
-    source.tolerate("train", len(CORRUPT))
+    row_files.tolerate("train", len(CORRUPT))
     assert list(source.rows("train")) == [{"a": "one"}, {"a": "two"}]
-    assert source.corrupt("train") == len(CORRUPT)
+    assert source.corrupt("train", [seqio.ShardInfo(0, 1)]) == {str(path): len(CORRUPT)}
     for number in range(2, 2 + len(CORRUPT)):
         assert f"a.jsonl, line {number}: " in caplog.text
     with pytest.raises(UserError, match="line 2"):  # what is evaluated is never shortened
@@ -240,6 +241,6 @@ def test_corrupt_rows_of_a_function_and_of_a_table(tmp_path):
     source = TsvDataSource({"train": path}, example=lambda row: {"n": int(row["n"])})
     with pytest.raises(UserError, match=r"line 3: the function `example` fails"):
         source.rows("train")
-    source.tolerate("train", 2)
+    row_files.tolerate("train", 2)
     assert [row["n"] for row in source.rows("train")] == [1, 3]
-    assert source.corrupt("train") == 2
+    assert source.corrupt("train", [seqio.ShardInfo(0, 1)]) == {str(path): 2}

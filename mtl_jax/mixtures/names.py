@@ -8,12 +8,11 @@ from typing import Any
 
 import seqio
 
-from mtl_jax import caching, user_modules
+from mtl_jax import caching, row_files, user_modules
 from mtl_jax.data_config import DataConfig
 from mtl_jax.errors import UserError, suggest
 from mtl_jax.overlap import Exclusions
 from mtl_jax.reading import tasks_of
-from mtl_jax.sources import FileRowsDataSource
 
 DATA_FOLDER_VARIABLE = "MTL_JAX_DATA"
 
@@ -31,11 +30,8 @@ def load_modules(config: DataConfig) -> None:
             raise UserError(f"Data.data_dir: {config.data_dir} is not a folder.")
         os.environ[DATA_FOLDER_VARIABLE] = os.path.abspath(config.data_dir)
     caching.add_folders(config.cache_dirs)
+    row_files.tolerate(config.split, config.max_corrupt)
     user_modules.load("Data.task_modules", config.task_modules)
-    for name in seqio.TaskRegistry.names():
-        source = seqio.TaskRegistry.get(name).source
-        if isinstance(source, FileRowsDataSource):
-            source.tolerate(config.split, config.max_corrupt)
 
 
 def provider(name: str) -> seqio.Task | seqio.Mixture:

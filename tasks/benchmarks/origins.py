@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from mtl_jax.errors import UserError, suggest
-from mtl_jax.row_files import ROW_FILES, count_rows, read_rows
+from mtl_jax.row_files import ROW_FILES, LeftOut, count_rows, read_rows, tolerated
 from mtl_jax.tasks.benchmarks.fields import Fields, describe_fields, from_text, misfit
 from mtl_jax.tasks.data_folder import data_folder
 
@@ -108,12 +108,21 @@ class Origin:
     def rows(self, split: str) -> Sequence[Row]:
         """Returns the rows of a split, read on first use and then kept.
 
+        Of a local file as many corrupt rows are left out as `row_files.tolerate` allows.
+
         Raises:
             UserError: no place has them (says what was tried and what to put where), or a local
                 file is malformed.
         """
+        return self._loaded(split)[0]
+
+    def corrupt(self, split: str) -> Mapping[str, int]:
+        """Returns how many corrupt rows of a split were left out, by file; reads it if need be."""
+        return self._loaded(split)[1].counts
+
+    def _loaded(self, split: str) -> tuple[Sequence[Row], LeftOut]:
         folder, _ = _local_folder()
-        return _load(self, split, folder, chosen_sources())
+        return _load(self, split, folder, chosen_sources(), tolerated(split))
 
     def local_file(self, split: str) -> tuple[Path, Convert | None] | None:
         """Returns the local file of a split and how its rows are converted, or None."""
@@ -179,9 +188,10 @@ def _find(origin: Origin, split: str, folder: Path) -> tuple[Path, Convert | Non
 
 @functools.cache
 def _load(
-    origin: Origin, split: str, folder: Path | None, sources: tuple[str, ...]
-) -> Sequence[Row]:
+    origin: Origin, split: str, folder: Path | None, sources: tuple[str, ...], most_corrupt: int
+) -> tuple[Sequence[Row], LeftOut]:
     tried = []
+    left_out = LeftOut(most_corrupt)
     for source in sources:
         if source == "local":
             if folder is None:
@@ -189,7 +199,7 @@ def _load(
                 continue
             found = _find(origin, split, folder)
             if found:
-                return _read_local(origin, *found)
+                return _read_local(origin, *found, left_out), left_out
             tried.append(f"local files: there is no {origin.name}/{split}.* in {folder}")
             continue
         where = origin.tfds if source == "tfds" else origin.huggingface
@@ -202,7 +212,7 @@ def _load(
             name = where.name if isinstance(where, Tfds) else where.path
             tried.append(f"{source} ({name}): {_reason(error)}")
             continue
-        return _checked(origin, rows, f"{source} {origin.name} {split}")
+        return _checked(origin, rows, f"{source} {origin.name} {split}"), left_out
     raise UserError(
         f"Data set {origin.name!r}: its split {split!r} cannot be had. Tried: {'; '.join(tried)}. "
         f"{how_to_supply(origin, split)}"
@@ -225,26 +235,36 @@ def _reason(error: Exception) -> str:
     return text if len(text) <= first + last else f"{text[:first]} ... {text[-last:]}"
 
 
-def _read_local(origin: Origin, path: Path, convert: Convert | None) -> Sequence[Row]:
+def _read_local(
+    origin: Origin, path: Path, convert: Convert | None, left_out: LeftOut
+) -> Sequence[Row]:
     rows = []
-    texts = ".tsv" in path.name
-    for place, row in read_rows(path):
-        where = f"{path}, {place}"
-        if texts:
-            row = from_text(row, origin.fields, where)
-        if convert:
-            try:
-                row = convert(row)
-            except Exception as error:
-                raise UserError(
-                    f"{where}: cannot be brought to the fields "
-                    f"{origin.described()} ({type(error).__name__}: {error})."
-                ) from error
-        _check(origin, row, where)
-        rows.append(row)
+    for place, row in read_rows(path, left_out):
+        try:
+            rows.append(_made(origin, row, convert, f"{path}, {place}", ".tsv" in path.name))
+        except UserError as error:
+            left_out.add(str(path), error)
     if not rows:
         raise UserError(f"Data file {path} has no rows.")
     return rows
+
+
+def _made(
+    origin: Origin, row: dict[str, Any], convert: Convert | None, where: str, texts: bool
+) -> Row:
+    """The fields of the origin from a row of a local file."""
+    if texts:
+        row = from_text(row, origin.fields, where)
+    if convert:
+        try:
+            row = convert(row)
+        except Exception as error:
+            raise UserError(
+                f"{where}: cannot be brought to the fields "
+                f"{origin.described()} ({type(error).__name__}: {error})."
+            ) from error
+    _check(origin, row, where)
+    return row
 
 
 def _check(origin: Origin, row: Row, where: str) -> None:
