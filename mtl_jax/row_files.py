@@ -54,15 +54,15 @@ class LeftOut:
     """The corrupt rows of one reading, each named in a warning, up to a bound.
 
     Attributes:
-        counts: how many there were, by file.
+        counts: how many there were, by file and, if that was read in part, by share.
     """
 
     def __init__(self, most: int):
         self.counts: dict[str, int] = {}
         self._most = most
 
-    def add(self, path: str, error: UserError) -> None:
-        """Leaves out one more row of a file.
+    def add(self, path: str, share: Share, error: UserError) -> None:
+        """Leaves out one more row of a file, or of the share of it that is read.
 
         Raises:
             UserError: the given one, where no row may be left out; that there are too many.
@@ -75,36 +75,48 @@ class LeftOut:
                 f"{error} {before} rows before it are corrupt, too, and were left out: as many "
                 "as Data.max_corrupt allows. Mend the file, or allow more."
             ) from error
-        self.counts[path] = self.counts.get(path, 0) + 1
+        # Processes with other lines of a file have other corrupt ones.
+        name = path if share == ALL else f"{path} {share}"
+        self.counts[name] = self.counts.get(name, 0) + 1
         _log.warning("left out corrupt row %d (at most %d): %s", before + 1, self._most, error)
 
 
-def read_rows(
-    path: str | os.PathLike[str], left_out: LeftOut | None = None
-) -> Sequence[tuple[str, Example]]:
-    """Reads a file by its ending; returns `("line 7" or "row 7", row)`, each a new dictionary.
+def read_rows(path: str | os.PathLike[str]) -> Sequence[tuple[str, Example]]:
+    """As `read_share` of all rows, none of them corrupt; returns `("line 7" or "row 7", row)`."""
+    rows = read_share(path, ALL, LeftOut(0))
+    return [(f"{unit_of(path)} {number}", row) for number, row in rows]
+
+
+def unit_of(path: str | os.PathLike[str]) -> str:
+    """Returns what numbers count in a file: "line" or "row"."""
+    return "row" if os.fspath(path).endswith(".parquet") else "line"
+
+
+def read_share(
+    path: str | os.PathLike[str], share: Share, left_out: LeftOut
+) -> Sequence[tuple[int, Example]]:
+    """Reads a file by its ending; returns `(line or row number, row)`, each a new dictionary.
 
     The endings are those of `ROW_FILES`. The fields of a TSV file are texts, its first line names
     them; JSONL and Parquet may hold anything.
 
     Args:
         path: of the file.
-        left_out: takes the corrupt rows; None: there must be none.
+        share: the rows that are read.
+        left_out: takes the corrupt rows, as far as it may.
 
     Raises:
         UserError: another ending, no such file, or one that cannot be read.
     """
-    left_out = left_out or LeftOut(0)
     name = os.fspath(path)
     for ending, read in ROW_FILES.items():
         if name.endswith(ending):
-            unit = "row" if read is read_parquet else "line"
             rows = []
-            for number, row in parsed(name, stamp(name), read):
+            for number, row in parsed(name, stamp(name), read, share):
                 if isinstance(row, Corrupt):
-                    left_out.add(name, UserError(row.reason))
+                    left_out.add(name, share, UserError(row.reason))
                 else:
-                    rows.append((f"{unit} {number}", dict(row)))
+                    rows.append((number, dict(row)))
             return rows
     raise UserError(f"Data file {name}: its name must end with {', '.join(ROW_FILES)}.")
 

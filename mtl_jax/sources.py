@@ -306,8 +306,7 @@ class FileRowsDataSource(RowsDataSource):
                             read.rows.append(example)
                             read.numbers.append(number)
                     except UserError as error:
-                        # Processes with other lines of the file have other corrupt ones.
-                        read.left_out.add(path if share == ALL else f"{path} {share}", error)
+                        read.left_out.add(path, share, error)
             self._reads[key] = read
         return self._reads[key]
 

@@ -16,10 +16,12 @@ import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import seqio
 
 from mtl_jax import caching
 from mtl_jax.errors import UserError, suggest
+from mtl_jax.row_files import Share
 from mtl_jax.task_info import describe
 from mtl_jax.tasks.options import with_options
 from mtl_jax.tasks.prompts import SEPARATOR, Template, prompt_slug
@@ -53,7 +55,7 @@ class PromptedDataSource(RenderedDataSource):
         self._task, self._template, self._variant = task, template, variant
         self._dataset, self._rows, self._fields = about.dataset, about.rows, about.fields
         self._counts, self._count = dict(splits), about.count
-        self._corrupt = about.corrupt
+        self._share, self._corrupt = about.share, about.corrupt
         super().__init__(tuple(splits))
 
     def __str__(self) -> str:
@@ -64,19 +66,33 @@ class PromptedDataSource(RenderedDataSource):
         return self._counts[split] if self._count is None else self._count(split)
 
     def corrupt(self, split: str, shards: Sequence[seqio.ShardInfo]) -> Mapping[str, int]:
-        """Returns how many corrupt rows of the data set were left out, by file."""
-        del shards  # the rows are read whole
-        return self._corrupt(split) if self._corrupt else {}
+        """Returns how many corrupt rows were left out of these shards, by file; reads them."""
+        if self._corrupt is None:
+            return {}
+        return self._corrupt(split, [(shard.index, shard.num_shards) for shard in shards])
+
+    def apart(self, split: str, shard_info: seqio.ShardInfo | None) -> bool:
+        """Whether a shard is read without the rows of others."""
+        return self._share is not None and shard_info is not None and shard_info.num_shards > 1
 
     def open(self, split: str) -> tuple[int, Write]:
         """Reads the rows of a split; each is rendered when it is asked for."""
         rows = self._rows(split)
+        return len(rows), self._writer(split, rows)
 
+    def open_shard(self, split: str, shard_info: seqio.ShardInfo) -> tuple[np.ndarray, Write]:
+        """As `open`, reads the rows of a shard."""
+        if self._share is None or not self.apart(split, shard_info):
+            return super().open_shard(split, shard_info)
+        rows, own_N = self._share(split, (shard_info.index, shard_info.num_shards))
+        return own_N, self._writer(split, rows)
+
+    def _writer(self, split: str, rows: Sequence[Mapping[str, Any]]) -> Write:
         def write(index: int, seed: int | None) -> Example | None:
             del seed  # a prompt says the same in every epoch
             return self._render(rows[index], f"{self._dataset} {split} row {index}")
 
-        return len(rows), write
+        return write
 
     def _render(self, row: Mapping[str, Any], name: str) -> Example | None:
         rendered = self._template.render(row, name)
@@ -157,7 +173,9 @@ class PromptedTask:
         group: the name under which results are summed up (`TaskInfo.dataset`); empty: `dataset`.
         count: gives the number of rows of a split when it is asked for, so that registering reads
             nothing; `splits` are then names alone.
-        corrupt: gives how many corrupt rows of a split were left out, by file.
+        share: gives, of a split and of share (index, number of shares), rows and the positions in
+            them [N] of the share; without it a share is every n-th of `rows`.
+        corrupt: gives how many corrupt rows of shares of a split were left out, by file.
     """
 
     dataset: str
@@ -177,7 +195,8 @@ class PromptedTask:
     fields: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
     group: str = ""
     count: Callable[[str], int] | None = None
-    corrupt: Callable[[str], Mapping[str, int]] | None = None
+    share: Callable[[str, Share], tuple[Sequence[Mapping[str, Any]], np.ndarray]] | None = None
+    corrupt: Callable[[str, Sequence[Share]], Mapping[str, int]] | None = None
 
     def __post_init__(self) -> None:
         if not self.templates:

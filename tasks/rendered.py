@@ -46,6 +46,11 @@ class RenderedDataSource(RowsDataSource):
         An example has texts, numbers, booleans, or lists of texts, and always the same fields.
         """
 
+    def open_shard(self, split: str, shard_info: seqio.ShardInfo) -> tuple[np.ndarray, Write]:
+        """Returns the numbers [N] of a shard's rows, and what writes their examples."""
+        count, write = self.open(split)
+        return np.arange(shard_info.index, count, shard_info.num_shards), write
+
     def num_input_examples(self, split: str) -> int:
         """Returns the number of rows, the ones that give no example included."""
         return self.open(split)[0]
@@ -111,9 +116,8 @@ class RenderedDataSource(RowsDataSource):
     ) -> Iterator[tuple[int, Example]]:
         """Yields the number of the row and its example."""
         self.check_split(split)
-        count, write = self.open(split)
         shard = shard_info or seqio.ShardInfo(0, 1)
-        order_N = np.arange(shard.index, count, shard.num_shards)
+        order_N, write = self.open_shard(split, shard)
         if shuffle:
             order_N = np.random.default_rng(seed).permutation(order_N)
         kept: list[int] = []
@@ -125,7 +129,7 @@ class RenderedDataSource(RowsDataSource):
             if len(kept) > start:
                 yield int(index), example
         if shard.num_shards == 1:
-            self._skipped[split] = count - len(kept)
+            self._skipped[split] = len(order_N) - len(kept)
             if not shuffle:
                 self._kept[split] = kept
 
@@ -143,7 +147,11 @@ class RenderedDataSource(RowsDataSource):
             UserError: no example of the split shows what fields there are.
         """
         seed = None if seed is None else int(seed)
-        first = next(self.examples(split, shuffle=False), None)
+        shown = itertools.chain(  # of its own shard, if that has any
+            self.examples(split, shuffle=False, shard_info=shard_info),
+            self.examples(split, shuffle=False),
+        )
+        first = next(shown, None)
         if first is None:
             raise UserError(f"{self}: split {split!r} gives no examples.")
         columns = {name: _Column(value) for name, value in (first | {ROW: 0}).items()}

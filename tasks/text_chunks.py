@@ -12,7 +12,7 @@ import seqio
 import tensorflow as tf
 
 from mtl_jax.errors import UserError, suggest
-from mtl_jax.row_files import Corrupt, LeftOut, lines, tolerated
+from mtl_jax.row_files import ALL, Corrupt, LeftOut, lines, tolerated
 from mtl_jax.sources import Example, RowsDataSource
 from mtl_jax.task_info import describe
 
@@ -161,7 +161,7 @@ def _lines(name: str, left_out: LeftOut) -> Iterator[str]:
         raise UserError(f"Text file {name} cannot be read: there is no such file.")
     for _, line in lines(name):
         if isinstance(line, Corrupt):
-            left_out.add(name, UserError(line.reason))
+            left_out.add(name, ALL, UserError(line.reason))
         else:
             yield line
 

@@ -6,6 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from mtl_jax.row_files import Share
 from mtl_jax.tasks.benchmarks.origins import Converted, Origin, Row
 from mtl_jax.tasks.prompts import Template, load_templates
 
@@ -64,6 +67,14 @@ class Dataset:
         if made is None or made[0] is not rows:
             made = _MADE[self, split] = (rows, self.made(rows))
         return made[1]
+
+    def share(self, split: str, share: Share) -> tuple[Sequence[Row], np.ndarray]:
+        """Returns rows, and the positions [N] in them of one of several shares; see `Origin`."""
+        rows, own_N = self.origin.share(split, share)
+        if self.only is not None:
+            field, value = self.only
+            own_N = own_N[[rows[i][field] == value for i in own_N]]
+        return Converted(rows, self.prepare) if self.prepare else rows, own_N
 
     def made(self, rows: Sequence[Row]) -> Sequence[Row]:
         """Returns those of the origin's rows that belong here, prepared when they are read."""

@@ -21,8 +21,18 @@ from typing import Any
 
 import numpy as np
 
+from mtl_jax import processes
 from mtl_jax.errors import UserError, suggest
-from mtl_jax.row_files import ROW_FILES, LeftOut, count_rows, read_rows, tolerated
+from mtl_jax.row_files import (
+    ALL,
+    ROW_FILES,
+    LeftOut,
+    Share,
+    count_rows,
+    read_share,
+    tolerated,
+    unit_of,
+)
 from mtl_jax.tasks.benchmarks.fields import Fields, describe_fields, from_text, misfit
 from mtl_jax.tasks.data_folder import data_folder
 
@@ -83,6 +93,21 @@ class Shipped:
     convert: Convert | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Read:
+    """What was read of a split.
+
+    Attributes:
+        rows: all of them, or those of a share.
+        numbers: int [N], of each row, which is in share i % n; None: shares are parts in a row.
+        left_out: the corrupt rows.
+    """
+
+    rows: Sequence[Row]
+    numbers: np.ndarray | None
+    left_out: LeftOut
+
+
 @dataclasses.dataclass(frozen=True, eq=False)  # equal by identity, so a key of caches
 class Origin:
     """A published data set and the places it can be had from.
@@ -114,15 +139,37 @@ class Origin:
             UserError: no place has them (says what was tried and what to put where), or a local
                 file is malformed.
         """
-        return self._loaded(split)[0]
+        return self._read(split, ALL).rows
 
-    def corrupt(self, split: str) -> Mapping[str, int]:
-        """Returns how many corrupt rows of a split were left out, by file; reads it if need be."""
-        return self._loaded(split)[1].counts
+    def share(self, split: str, share: Share) -> tuple[Sequence[Row], np.ndarray]:
+        """Returns rows, and the positions [N] in them of one of several shares.
 
-    def _loaded(self, split: str) -> tuple[Sequence[Row], LeftOut]:
+        In a job of several processes the rows of others are not read: other lines of a local file
+        are passed over, of TFDS only a part of the split is opened, and those of Hugging Face stay
+        on disk. What is in a share is the same in any process.
+
+        Raises:
+            UserError: see `rows`.
+        """
+        read, (index, count) = self._read(split, share), share
+        if read.numbers is not None:
+            return read.rows, np.flatnonzero(read.numbers % count == index)
+        parts = 1 if processes.several() else count
+        return read.rows, np.array_split(np.arange(len(read.rows)), parts)[index % parts]
+
+    def _read(self, split: str, share: Share) -> Read:
         folder, _ = _local_folder()
-        return _load(self, split, folder, chosen_sources(), tolerated(split))
+        # A process that is alone has all shares, so it reads the rows but once.
+        share = share if processes.several() else ALL
+        return _load(self, split, folder, chosen_sources(), tolerated(split), share)
+
+    def corrupt(self, split: str, shares: Sequence[Share]) -> Mapping[str, int]:
+        """Returns how many corrupt rows of these shares were left out, by file.
+
+        Reads them if need be.
+        """
+        reads = [self._read(split, share) for share in shares]
+        return {name: n for read in reads for name, n in read.left_out.counts.items()}
 
     def local_file(self, split: str) -> tuple[Path, Convert | None] | None:
         """Returns the local file of a split and how its rows are converted, or None."""
@@ -188,10 +235,14 @@ def _find(origin: Origin, split: str, folder: Path) -> tuple[Path, Convert | Non
 
 @functools.cache
 def _load(
-    origin: Origin, split: str, folder: Path | None, sources: tuple[str, ...], most_corrupt: int
-) -> tuple[Sequence[Row], LeftOut]:
+    origin: Origin,
+    split: str,
+    folder: Path | None,
+    sources: tuple[str, ...],
+    most_corrupt: int,
+    share: Share,
+) -> Read:
     tried = []
-    left_out = LeftOut(most_corrupt)
     for source in sources:
         if source == "local":
             if folder is None:
@@ -199,7 +250,7 @@ def _load(
                 continue
             found = _find(origin, split, folder)
             if found:
-                return _read_local(origin, *found, left_out), left_out
+                return _read_local(origin, *found, share, LeftOut(most_corrupt))
             tried.append(f"local files: there is no {origin.name}/{split}.* in {folder}")
             continue
         where = origin.tfds if source == "tfds" else origin.huggingface
@@ -207,12 +258,17 @@ def _load(
             tried.append(f"{source}: has no such data set")
             continue
         try:
-            rows = _read_tfds(where, split) if isinstance(where, Tfds) else _read_hub(where, split)
+            if isinstance(where, Tfds):
+                rows, numbers = _read_tfds(where, split, share), None
+            else:
+                rows = _read_hub(origin, split)
+                numbers = np.arange(len(rows))
         except Exception as error:  # these libraries fail in any way at all
             name = where.name if isinstance(where, Tfds) else where.path
             tried.append(f"{source} ({name}): {_reason(error)}")
             continue
-        return _checked(origin, rows, f"{source} {origin.name} {split}"), left_out
+        _check_first(origin, rows, f"{source} {origin.name} {split}", share)
+        return Read(rows, numbers, LeftOut(most_corrupt))
     raise UserError(
         f"Data set {origin.name!r}: its split {split!r} cannot be had. Tried: {'; '.join(tried)}. "
         f"{how_to_supply(origin, split)}"
@@ -236,17 +292,19 @@ def _reason(error: Exception) -> str:
 
 
 def _read_local(
-    origin: Origin, path: Path, convert: Convert | None, left_out: LeftOut
-) -> Sequence[Row]:
-    rows = []
-    for place, row in read_rows(path, left_out):
+    origin: Origin, path: Path, convert: Convert | None, share: Share, left_out: LeftOut
+) -> Read:
+    rows, numbers = [], []
+    for number, row in read_share(path, share, left_out):
+        where = f"{path}, {unit_of(path)} {number}"
         try:
-            rows.append(_made(origin, row, convert, f"{path}, {place}", ".tsv" in path.name))
+            rows.append(_made(origin, row, convert, where, ".tsv" in path.name))
+            numbers.append(number)
         except UserError as error:
-            left_out.add(str(path), error)
-    if not rows:
+            left_out.add(str(path), share, error)
+    if not rows and share == ALL:
         raise UserError(f"Data file {path} has no rows.")
-    return rows
+    return Read(rows, np.array(numbers, int), left_out)
 
 
 def _made(
@@ -277,12 +335,12 @@ def _check(origin: Origin, row: Row, where: str) -> None:
         )
 
 
-def _checked(origin: Origin, rows: Sequence[Row], where: str) -> Sequence[Row]:
+def _check_first(origin: Origin, rows: Sequence[Row], where: str, share: Share) -> None:
     """Looks at the first row alone: these places have types, and may be far larger than memory."""
-    if not len(rows):
+    if len(rows):
+        _check(origin, rows[0], f"{where}, row 0")
+    elif share == ALL:
         raise UserError(f"{where}: there are no rows.")
-    _check(origin, rows[0], f"{where}, row 0")
-    return rows
 
 
 def plain(value: Any) -> Any:
@@ -298,21 +356,27 @@ def plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
-def _read_tfds(where: Tfds, split: str) -> Sequence[Row]:
+def _read_tfds(where: Tfds, split: str, share: Share) -> Sequence[Row]:
     import tensorflow_datasets as tfds
 
     # TFDS itself looks at the variable only once, when it is imported.
     folder = os.environ.get("TFDS_DATA_DIR")
     builder = tfds.builder(where.name, try_gcs=False, data_dir=folder)
     builder.download_and_prepare()  # nothing to do if it is prepared already
-    dataset = builder.as_dataset(split=where.splits.get(split, split), shuffle_files=False)
+    index, count = share
+    # Of files it opens those that the part is in.
+    part = tfds.even_splits(where.splits.get(split, split), count)[index]
+    dataset = builder.as_dataset(split=part, shuffle_files=False)
     rows = [plain(row) for row in tfds.as_numpy(dataset)]
     return [where.convert(row) for row in rows] if where.convert else rows
 
 
-def _read_hub(where: HuggingFace, split: str) -> Sequence[Row]:
+@functools.cache
+def _read_hub(origin: Origin, split: str) -> Sequence[Row]:
     import datasets
 
+    where = origin.huggingface
+    assert where is not None  # asked for by `_load` alone
     load = functools.partial(
         datasets.load_dataset, where.path, where.config, split=where.splits.get(split, split)
     )

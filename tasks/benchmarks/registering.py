@@ -41,6 +41,7 @@ def add_tasks(
         fields=dataset.fields,
         group=dataset.group,
         count=dataset.count,
+        share=dataset.share,
         corrupt=dataset.origin.corrupt,
     ).register()
 
