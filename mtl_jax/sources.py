@@ -132,16 +132,17 @@ class RowsDataSource(seqio.DataSource):
         if not rows:
             shard = f" in the files of shard {shard_info.index}" if shard_info else ""
             raise UserError(f"{self}: split {split!r} has no rows{shard}.")
+        mine = [rows[i] for i in order_N]
+        # Numbers may be written with and without a point, and all shards give the same type where
+        # they are read together. Read apart, a shard knows its own, in whatever process it is.
+        known = mine if self.apart(split, shard_info) else rows
         return tf.data.Dataset.from_tensor_slices(
-            {name: _column(rows, order_N, name) for name in rows[0]}
+            {name: _column([row[name] for row in mine], known, name) for name in rows[0]}
         )
 
 
-def _column(rows: Sequence[Example], order_N: np.ndarray, name: str) -> Any:
-    values = [rows[i][name] for i in order_N]
-    # Of all rows, not only this shard's: numbers may be written with and without a point, and
-    # every shard must give the same type.
-    kinds = {_kind(row[name]) for row in rows if row[name] != []} or {"list of str"}
+def _column(values: Sequence[Any], known: Sequence[Example], name: str) -> Any:
+    kinds = {_kind(row[name]) for row in known if row[name] != []} or {"list of str"}
     kind = max(kinds, key=lambda kind: "float" in kind)
     dtype = _DTYPES[kind.removeprefix("list of ")]
     if kind.startswith("list"):
@@ -340,7 +341,8 @@ class FileRowsDataSource(RowsDataSource):
                 "Give every row the same fields."
             )
         for name, value in example.items():
-            if value is None and isinstance(first[name], str):
+            # Also in the first, which in other shares of the same file is another one.
+            if value is None and (example is first or isinstance(first[name], str)):
                 example[name] = ""
                 continue
             if isinstance(value, str) and not _is_text(value):

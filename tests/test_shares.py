@@ -129,6 +129,26 @@ def test_of_fewer_files_than_shards_rows_of_parquet(tmp_path, monkeypatch, alone
     assert [row["inputs"] for row in source.rows(SPLIT)] == [row["inputs"] for row in rows]
 
 
+def test_what_a_share_gives_does_not_depend_on_the_process(tmp_path, monkeypatch):
+    """Nor on which row is its first: texts that are null, numbers with and without a point."""
+    rows = [{"inputs": "a", "number": 1}, {"inputs": None, "number": 2}]
+    rows += [{"inputs": "c", "number": 2.5}, {"inputs": "d", "number": 4}]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = []
+    for alone in (True, False):
+        monkeypatch.setattr(processes, "several", lambda alone=alone: not alone)
+        source = JsonlDataSource({SPLIT: path}, num_input_examples={SPLIT: 4})
+        shares = [
+            source.get_dataset(SPLIT, shuffle=False, shard_info=seqio.ShardInfo(index, 2))
+            for index in range(2)
+        ]
+        found.append([list(share.as_numpy_iterator()) for share in shares])
+    assert found[0] == found[1]
+    assert [[row["inputs"] for row in share] for share in found[0]] == [[b"", b"d"], [b"a", b"c"]]
+    assert [share[0]["number"].dtype.kind for share in found[0]] == ["i", "f"]
+
+
 def test_corrupt_lines_are_of_the_process_that_reads_them(tmp_path, several):
     path = tmp_path / "a.jsonl"
     path.write_text('{"a": 1}\n{"a": \n{"a": 3}\n[4]\n{"a": 5}\n{\n')
