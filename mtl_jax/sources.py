@@ -219,10 +219,10 @@ class FileRowsDataSource(RowsDataSource):
         self._example = example
         self._counts = dict(num_input_examples or {})
         for split, count in self._counts.items():
-            if split not in self._paths or count < 1:
+            if split not in self._paths or not isinstance(count, int) or count < 1:
                 raise UserError(
-                    f"{self}: num_input_examples[{split!r}] = {count!r} must be a positive number "
-                    f"of one of the splits {', '.join(self._paths)}."
+                    f"{self}: num_input_examples[{split!r}] = {count!r} must be a positive whole "
+                    f"number of one of the splits {', '.join(self._paths)}."
                 )
         # By files read together, and how many of their rows might be left out.
         self._reads: dict[tuple[Any, ...], _Read] = {}

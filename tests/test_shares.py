@@ -190,10 +190,12 @@ def test_workers_of_the_caching_job_write_file_by_file(tmp_path):
     assert len(rows_of(tmp_path / "all", None).list_shards(SPLIT)) == 1
 
 
-@pytest.mark.parametrize("counts", [{"train": 0}, {"trian": 5}])
+@pytest.mark.parametrize("counts", [{"train": 0}, {"trian": 5}, {"train": "5"}])
 def test_a_count_that_cannot_be_is_named(tmp_path, counts):
     for kind in (JsonlDataSource, TsvDataSource):
-        with pytest.raises(UserError, match=r"num_input_examples\['tr.*positive number .* train"):
+        with pytest.raises(
+            UserError, match=r"num_input_examples\['tr.*positive whole number .* train"
+        ):
             kind({SPLIT: tmp_path / "a"}, num_input_examples=counts)
 
 
