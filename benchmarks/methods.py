@@ -55,7 +55,6 @@ class Variant:
     method: str = ""
     blocks: int = 1
     values: tuple[tuple[str, object], ...] = ()
-
     options: tuple[tuple[str, object], ...] = ()
 
     def balancer(self, cfg: T5Config) -> Balancer:

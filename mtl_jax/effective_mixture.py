@@ -245,17 +245,19 @@ def first_examples(
     """Returns those of a task's first `count` examples that have tokens on both sides.
 
     They are cut to the lengths of a row and have the prompt in front; of task 0. Where shards are
-    read apart they are those of the first of `shards`, lest all rows be read for them.
+    read apart they are those of the first of `shards`, if it has any, lest all rows be read.
     """
-    shard = reader.first_apart(config.split, shards)
-    epoch = Epoch(config.split, config.shuffle, config.seed, shard)
     room = config.inputs_length - len(prompt)
     before = np.asarray(prompt, np.int32)
-    return [
-        Example(0, np.concatenate([before, inputs[:room]]), targets[: config.targets_length])
-        for inputs, targets in filter(None, itertools.islice(reader.tokens(epoch), count))
-        if len(inputs) and len(targets)
-    ]
+    found: list[Example] = []
+    for shard in dict.fromkeys((reader.first_apart(config.split, shards), None)):
+        epoch = Epoch(config.split, config.shuffle, config.seed, shard)
+        found = found or [
+            Example(0, np.concatenate([before, inputs[:room]]), targets[: config.targets_length])
+            for inputs, targets in filter(None, itertools.islice(reader.tokens(epoch), count))
+            if len(inputs) and len(targets)
+        ]
+    return found
 
 
 def _lengths(

@@ -13,6 +13,7 @@ import inspect
 import itertools
 import logging
 import re
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,7 @@ SIDES = ("inputs", "targets")
 _log = logging.getLogger(__name__)
 _TEXT = "inputs_pretokenized"
 _NOTHING = np.zeros(0, np.int32)
+_SEARCH = 60.0  # seconds that naming damaged files may take
 _CHUNK = 16  # elements that cross from TensorFlow to Python together
 _SHORT_BUFFER = 64  # shuffle buffer where the source already permutes the whole split
 _CACHE_BUFFER = 1000  # SeqIO's: of a cache only the files are permuted
@@ -204,7 +206,7 @@ class TaskReader:
                 )
         if most_corrupt:
             # From the first on, as records that are left out count in the position.
-            tolerant = self._tolerant(dataset, epoch.split, most_corrupt)
+            tolerant = self._tolerant(dataset, epoch, most_corrupt)
             yield from itertools.islice(tolerant, epoch.start, None)
             return
         dataset = dataset.skip(epoch.start) if epoch.start else dataset
@@ -213,10 +215,10 @@ class TaskReader:
                 dataset.as_numpy_iterator() if whole else _chunks(dataset, self._crossing(dataset))
             )
         except tf.errors.OpError as error:
-            raise _understood(error, self.task.name, self._damaged(epoch.split, error)) from error
+            raise _understood(error, self.task.name, self._damaged(epoch, error)) from error
 
     def _tolerant(
-        self, dataset: tf.data.Dataset, split: str, most: int
+        self, dataset: tf.data.Dataset, epoch: Epoch, most: int
     ) -> Iterator[Mapping[str, Any] | None]:
         """One example at a time, as TensorFlow would drop a whole chunk; None for a corrupt one."""
         examples, corrupt = dataset.as_numpy_iterator(), 0
@@ -224,7 +226,9 @@ class TaskReader:
             try:
                 example = next(examples, None)
             except tf.errors.OpError as error:
-                found = _understood(error, self.task.name, self._damaged(split, error))
+                found = _understood(error, self.task.name, self._damaged(epoch, error))
+                if not _of_a_record(error):
+                    raise found from error
                 if corrupt == most:
                     raise UserError(
                         f"Task {self.task.name!r}: {corrupt} corrupt records were left out of this "
@@ -239,12 +243,15 @@ class TaskReader:
                 return
             yield example
 
-    def _damaged(self, split: str, error: tf.errors.OpError) -> str:
-        """The files of the task in which TensorFlow finds damage of this kind, as it names none."""
+    def _damaged(self, epoch: Epoch, error: tf.errors.OpError) -> str:
+        """The files read in which TensorFlow finds damage of this kind, as it names none."""
         if not isinstance(error, tf.errors.DataLossError):
             return ""
-        source = caching.source(self.task, split) if self.cached else self.task.source
-        return ", ".join(filter(_is_damaged, source.list_shards(split=split)))
+        source = caching.source(self.task, epoch.split) if self.cached else self.task.source
+        files, shard = source.list_shards(split=epoch.split), epoch.shard_info
+        if shard is not None and 1 < shard.num_shards <= len(files):
+            files = files[shard.index :: shard.num_shards]
+        return _damaged_files(tuple(files))
 
     def _crossing(self, dataset: tf.data.Dataset) -> tuple[str, ...]:
         """The fields that are read for training: the sides and, of cached tokens, their text."""
@@ -361,6 +368,20 @@ def _chunks(dataset: tf.data.Dataset, names: Sequence[str]) -> Iterator[Mapping[
             for name in numeric:
                 example[name] = example[name][example[name] >= 0]
             yield example
+
+
+def _of_a_record(error: tf.errors.OpError) -> bool:
+    """Whether the next record may be sound, as where storage fails it is not."""
+    if isinstance(error, tf.errors.UnknownError):  # also of the system: but not from Python
+        return "Traceback (most recent call last)" in str(error)
+    return isinstance(error, tf.errors.DataLossError | tf.errors.InvalidArgumentError)
+
+
+@functools.cache
+def _damaged_files(files: Sequence[str]) -> str:
+    """Those that are found within a minute: there may be more than one could read through."""
+    end = time.monotonic() + _SEARCH
+    return ", ".join(path for path in files if time.monotonic() < end and _is_damaged(path))
 
 
 def _is_damaged(path: str) -> bool:

@@ -121,18 +121,18 @@ def read_share(
     raise UserError(f"Data file {name}: its name must end with {', '.join(ROW_FILES)}.")
 
 
-def count_rows(path: str | os.PathLike[str]) -> int:
+def count_rows(path: str | os.PathLike[str], most_corrupt: int = 0) -> int:
     """Returns how many rows `read_rows` gives where all are in order, without parsing them.
 
     Raises:
-        UserError: no such file, or one that cannot be read to its end.
+        UserError: no such file, or, unless rows may be corrupt, one that breaks off.
     """
     name = os.fspath(path)
-    return _counted(name, stamp(name))
+    return _counted(name, stamp(name), most_corrupt > 0)
 
 
 @functools.lru_cache(maxsize=1024)
-def _counted(path: str, stamp: tuple[int, int]) -> int:
+def _counted(path: str, stamp: tuple[int, int], may_break_off: bool) -> int:
     del stamp
     if path.endswith(".parquet"):
         return _open_parquet(path).metadata.num_rows
@@ -140,7 +140,7 @@ def _counted(path: str, stamp: tuple[int, int]) -> int:
     count = 0
     for _, line in lines(path):
         if isinstance(line, Corrupt):
-            if line.rest:
+            if line.rest and not may_break_off:
                 raise UserError(line.reason)
             count += 1
         else:
@@ -287,6 +287,8 @@ def read_parquet(path: str, share: Share = ALL) -> list[tuple[int, Example | Cor
                 rows = file.read_row_group(group).take(own).to_pylist() if own else []
             # Text that is not UTF-8 is an error of Python's.
             except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
+                if getattr(error, "errno", None):  # of the system, as in `lines`
+                    raise UserError(f"Data file {path} cannot be read: {error}.") from error
                 reason = " ".join(str(error).split()).rstrip(".")
                 lost = Corrupt(f"Data file {path} cannot be read: row group {group}: {reason}.")
                 rows = [lost] * len(own)

@@ -1,7 +1,6 @@
 """Plain text as chunks of tokens: what objectives for pre-training are made of."""
 
 import abc
-import collections
 import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -82,7 +81,8 @@ class TextChunksSource(RowsDataSource):
 
         Reads them if need be.
         """
-        return collections.ChainMap(*(self._read(split, shard)[1].counts for shard in shards))
+        reads = [self._read(split, shard) for shard in shards]
+        return {name: n for _, left_out in reads for name, n in left_out.counts.items()}
 
     def apart(self, split: str, shard_info: seqio.ShardInfo | None) -> bool:
         """Whether a shard is read without the rows of others: it is then some of the files."""

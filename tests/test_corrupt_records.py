@@ -12,7 +12,7 @@ import pytest
 import seqio
 import tensorflow as tf
 
-from mtl_jax import row_files
+from mtl_jax import reading, row_files
 from mtl_jax.data import DataConfig, TrainStream
 from mtl_jax.errors import UserError
 from mtl_jax.reading import Epoch, TaskReader
@@ -64,6 +64,7 @@ def test_what_is_behind_the_end_of_a_damaged_gzip_file_counts_as_one(tmp_path, c
     assert f"cut.jsonl.gz cannot be read from line {len(kept) + 1} on" in caplog.text
     with pytest.raises(UserError, match="from line"):  # how many there are cannot be told
         row_files.count_rows(path)
+    assert row_files.count_rows(path, most_corrupt=1) == len(kept) + 1
 
 
 def test_a_failing_disk_is_no_corrupt_record(tmp_path, monkeypatch):
@@ -220,6 +221,49 @@ def test_a_preprocessor_that_fails_on_records(task, tmp_path, caplog):
     assert texts == [None if n in (3, 11) else f"number {n}" for n in range(RECORDS)]
     assert "left out corrupt record 2 (at most 2)" in caplog.text
     assert "this number is not wanted" in caplog.text
+
+
+@pytest.mark.parametrize("most_corrupt", [0, 9])
+def test_storage_that_fails_is_no_corrupt_record_of_tensorflow(task, tmp_path, most_corrupt):
+    texts = {side: tf.io.FixedLenFeature([], tf.string) for side in FEATURES}
+    source = seqio.TFExampleDataSource({"train": [str(tmp_path / "gone.tfrecord")]}, texts)
+    reader = TaskReader(task("corrupt_gone", source), LENGTHS, most_corrupt=most_corrupt)
+    with pytest.raises(tf.errors.NotFoundError):
+        inputs(reader)
+
+
+@pytest.mark.parametrize(
+    ("error", "is_one"),
+    [
+        (tf.errors.DataLossError(None, None, "corrupted record at 12"), True),
+        (
+            tf.errors.UnknownError(None, None, "KeyError: 3\nTraceback (most recent call last):"),
+            True,
+        ),
+        (tf.errors.UnknownError(None, None, "a.tfrecord; Input/output error"), False),
+        (tf.errors.UnavailableError(None, None, "try again"), False),
+    ],
+)
+def test_what_is_of_a_record_and_what_of_the_system(error, is_one):
+    assert reading._of_a_record(error) == is_one
+
+
+def test_a_function_of_python_that_fails_on_a_record(task, tmp_path):
+    def check(text):
+        if text.numpy() == b"number 3":
+            raise KeyError("three")
+        return text
+
+    def step(dataset):
+        def call(example):
+            text = tf.py_function(check, [example["inputs"]], tf.string)
+            return example | {"inputs": tf.ensure_shape(text, [])}
+
+        return dataset.map(call)
+
+    found = task("corrupt_python", numbers_source(tmp_path), [step, *TOKENIZE])
+    texts = inputs(TaskReader(found, LENGTHS, most_corrupt=1))
+    assert texts == [None if n == 3 else f"number {n}" for n in range(RECORDS)]
 
 
 def test_the_stream_counts_them_and_goes_on_from_any_position(task, tmp_path, caplog):

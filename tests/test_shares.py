@@ -13,7 +13,7 @@ import shared_files
 import test_processes
 import test_train
 
-from mtl_jax import processes, row_files
+from mtl_jax import effective_mixture, processes, row_files
 from mtl_jax.data import DataConfig, TrainStream
 from mtl_jax.errors import UserError
 from mtl_jax.sources import JsonlDataSource, ParquetDataSource, TsvDataSource
@@ -226,6 +226,23 @@ def test_a_stream_of_one_of_two_readers_opens_no_file_of_the_other(registered):
         seen.update(vocabulary.decode(tokens.tolist()).replace("\0", " "))
     assert seen["1"] > 0
     assert seen["3"] > 0
+
+
+def test_what_the_first_shard_lacks_is_measured_on_the_whole(tmp_path):
+    """One row of one file, which is in the second shard of three."""
+    path = tmp_path / "one.jsonl"
+    path.write_text('{"inputs": "abc", "targets": "d"}\n')
+    features = {side: seqio.Feature(shared_files.VOCABULARY) for side in ("inputs", "targets")}
+    steps = [seqio.preprocessors.tokenize, seqio.preprocessors.append_eos]
+    source = JsonlDataSource({SPLIT: path}, num_input_examples={SPLIT: 1})
+    seqio.TaskRegistry.add(
+        "shared_one", source=source, preprocessors=steps, output_features=features
+    )
+    config = DataConfig(mixture="shared_one", inputs_length=8, targets_length=8, batch_size=3)
+    measured = effective_mixture.measure(config, 1, shards=3)
+    seqio.TaskRegistry.remove("shared_one")
+    assert not measured.empty
+    assert (measured.rows[0].input_tokens, measured.rows[0].target_tokens) == (4, 2)
 
 
 class _OwnFolder:

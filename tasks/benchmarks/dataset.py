@@ -2,12 +2,13 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mtl_jax import processes
 from mtl_jax.row_files import Share
 from mtl_jax.tasks.benchmarks.origins import Converted, Origin, Row
 from mtl_jax.tasks.prompts import Template, load_templates
@@ -15,7 +16,7 @@ from mtl_jax.tasks.prompts import Template, load_templates
 PROMPTS = Path(__file__).with_name("prompts")
 
 # By data set and split: the rows of the origin, and what `made` made of them.
-_MADE: dict[tuple["Dataset", str], tuple[Sequence[Row], Sequence[Row]]] = {}
+_MADE: dict[tuple["Dataset", str], tuple[Sequence[Row], Sequence[Row], np.ndarray]] = {}
 
 MetricFn = Callable[..., Mapping[str, Any]]
 
@@ -62,25 +63,37 @@ class Dataset:
 
     def rows(self, split: str) -> Sequence[Row]:
         """Returns the rows of a split, read on first use and then kept; see `Origin.rows`."""
+        return self._whole(split)[1]
+
+    def _whole(self, split: str) -> tuple[Sequence[Row], Sequence[Row], np.ndarray]:
         rows = self.origin.rows(split)
-        made = _MADE.get((self, split))
-        if made is None or made[0] is not rows:
-            made = _MADE[self, split] = (rows, self.made(rows))
-        return made[1]
+        found = _MADE.get((self, split))
+        if found is None or found[0] is not rows:
+            numbers_N = np.array(self._belonging(rows, range(len(rows))), int)
+            found = _MADE[self, split] = (rows, self.made(rows), numbers_N)
+        return found
+
+    def _belonging(self, rows: Sequence[Row], numbers: Iterable[int]) -> Sequence[int]:
+        """Those of the rows' numbers that `only` chooses."""
+        if self.only is None:
+            return list(numbers)
+        field, value = self.only
+        return [number for number in numbers if rows[number][field] == value]
 
     def share(self, split: str, share: Share) -> tuple[Sequence[Row], np.ndarray]:
         """Returns rows, and the positions [N] in them of one of several shares; see `Origin`."""
         rows, own_N = self.origin.share(split, share)
-        if self.only is not None:
-            field, value = self.only
-            own_N = own_N[[rows[i][field] == value for i in own_N]]
-        return Converted(rows, self.prepare) if self.prepare else rows, own_N
+        if processes.several():
+            own_N = np.array(self._belonging(rows, own_N), int)
+            return Converted(rows, self.prepare) if self.prepare else rows, own_N
+        # As caches and evaluations number them: among the rows of this data set.
+        _, made, numbers_N = self._whole(split)
+        return made, np.flatnonzero(np.isin(numbers_N, own_N))
 
     def made(self, rows: Sequence[Row]) -> Sequence[Row]:
         """Returns those of the origin's rows that belong here, prepared when they are read."""
         if self.only is not None:
-            field, value = self.only
-            rows = [row for row in rows if row[field] == value]
+            rows = [rows[number] for number in self._belonging(rows, range(len(rows)))]
         return Converted(rows, self.prepare) if self.prepare else rows
 
     def split_names(self) -> tuple[str, ...]:
