@@ -230,11 +230,13 @@ class TaskReader:
                 if not _of_a_record(error):
                     raise found from error
                 if corrupt == most:
+                    ours = isinstance(found, UserError)  # then it names the task
+                    said = found if ours else f"Task {self.task.name!r}: {found}".splitlines()[0]
                     raise UserError(
-                        f"Task {self.task.name!r}: {corrupt} corrupt records were left out of this "
-                        "pass, as many as Data.max_corrupt allows, and there is one more (above). "
-                        "Mend the data, or allow more."
-                    ) from found
+                        f"{said} {corrupt} records before it are corrupt, too, and were left out "
+                        "of this pass: as many as Data.max_corrupt allows. Mend the data, or allow "
+                        "more."
+                    ) from error
                 corrupt += 1
                 _log.warning("left out corrupt record %d (at most %d): %s", corrupt, most, found)
                 yield None
@@ -371,7 +373,9 @@ def _chunks(dataset: tf.data.Dataset, names: Sequence[str]) -> Iterator[Mapping[
 
 
 def _of_a_record(error: tf.errors.OpError) -> bool:
-    """Whether the next record may be sound, as where storage fails it is not."""
+    """Whether the next record may be sound: not where storage or a source of ours fails."""
+    if "UserError: " in str(error):
+        return False
     if isinstance(error, tf.errors.UnknownError):  # also of the system: but not from Python
         return "Traceback (most recent call last)" in str(error)
     return isinstance(error, tf.errors.DataLossError | tf.errors.InvalidArgumentError)

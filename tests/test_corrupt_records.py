@@ -214,7 +214,9 @@ def test_a_preprocessor_that_fails_on_records(task, tmp_path, caplog):
     with pytest.raises(tf.errors.InvalidArgumentError, match="not wanted") as caught:
         inputs(TaskReader(found, LENGTHS))
     assert any("corrupt_steps" in note for note in caught.value.__notes__)
-    with pytest.raises(UserError, match=r"1 corrupt records were left out .*Data\.max_corrupt"):
+    with pytest.raises(
+        UserError, match=r"'corrupt_steps': .*not wanted.* 1 records before it .*Data\.max_corrupt"
+    ):
         inputs(TaskReader(found, LENGTHS, most_corrupt=1))
     caplog.clear()
     texts = inputs(TaskReader(found, LENGTHS, most_corrupt=2))
@@ -241,6 +243,10 @@ def test_storage_that_fails_is_no_corrupt_record_of_tensorflow(task, tmp_path, m
             True,
         ),
         (tf.errors.UnknownError(None, None, "a.tfrecord; Input/output error"), False),
+        (
+            tf.errors.UnknownError(None, None, "UserError: x\nTraceback (most recent call last):"),
+            False,
+        ),
         (tf.errors.UnavailableError(None, None, "try again"), False),
     ],
 )
